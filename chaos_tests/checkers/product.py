@@ -1,0 +1,130 @@
+"""What users hold on to: removed people stay out, leases are true, downloads end right, nothing hangs."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from chaos_tests.checkers.verdict import Verdict, held, violated
+from chaos_tests.history import History, Life, Operation, Presence, Transfer
+
+DEADLINE_SLACK_SECONDS = 1.0
+
+
+def check_removals(operations: list[Operation]) -> Verdict:
+    """After an acknowledged removal, every access of that person that begins later is denied, on every
+    node, until an acceptance that may have taken effect. Accesses are `access` operations on the key of
+    the membership; `ok` means it was let in."""
+    name = "removed people stay out"
+    by_key: dict[str, list[Operation]] = defaultdict(list)
+    for operation in operations:
+        by_key[operation.key].append(operation)
+    checked = 0
+    for key, group in by_key.items():
+        removals = [o for o in group if o.name in ("kick", "leave") and o.end == "ok"]
+        grants = [o for o in group if o.name == "accept" and o.end in ("ok", "unknown")]
+        for access in (o for o in group if o.name == "access" and o.end != "fail"):
+            before = [r for r in removals if r.end_ns < access.call_ns]
+            if not before:
+                continue
+            removal = max(before, key=lambda r: r.end_ns)
+            # A grant that could have come after the removal and before the access ended explains it.
+            explained = any(
+                (g.end_ns > removal.call_ns or g.open) and g.call_ns < access.end_ns for g in grants
+            )
+            if explained:
+                continue
+            checked += 1
+            if access.end == "ok":
+                late = (access.call_ns - removal.end_ns) / 1e9
+                return violated(
+                    name, checked,
+                    f"{key}: let in on {access.node} {late:.3f} s after the removal had been acknowledged",
+                    access.call_ns, [removal.id, access.id],
+                )  # fmt: skip
+    return held(name, checked)
+
+
+def check_leases(
+    presences: list[Presence], lives: list[Life], gone_within_seconds: float, settle_seconds: float
+) -> Verdict:
+    """A silent peer is gone `gone_within_seconds` after its silence began; one that has been announcing
+    for `settle_seconds` is never missing. Presences are linearizable readings, so a cluster without a
+    leader gives none."""
+    name = "leases are true"
+    by_peer: dict[str, list[Life]] = defaultdict(list)
+    for life in lives:
+        by_peer[life.peer_id].append(life)
+    checked = 0
+    for presence in presences:
+        spans = by_peer.get(presence.peer_id, [])
+        alive = any(
+            life.from_ns + settle_seconds * 1e9 <= presence.call_ns and presence.at_ns <= life.to_ns
+            for life in spans
+        )
+        begun = [life for life in spans if life.from_ns <= presence.at_ns]
+        long_gone = bool(begun) and all(
+            life.to_ns + gone_within_seconds * 1e9 < presence.call_ns for life in begun
+        )
+        if alive:
+            checked += 1
+            if not presence.seen:
+                return violated(
+                    name, checked, f"living peer {presence.peer_id[:8]} was dropped", presence.at_ns
+                )
+        elif long_gone:
+            checked += 1
+            if presence.seen:
+                return violated(
+                    name, checked, f"silent peer {presence.peer_id[:8]} is still listed", presence.at_ns
+                )
+    return held(name, checked)
+
+
+def check_transfers(transfers: list[Transfer]) -> Verdict:
+    """Every download that can finish did, with the right bytes; none ever shows wrong ones."""
+    name = "downloads end with the right bytes"
+    for transfer in transfers:
+        label = f"{transfer.peer}: {transfer.group}/{transfer.name}"
+        if transfer.got_sha256 and transfer.got_sha256 != transfer.wanted_sha256:
+            return violated(name, len(transfers), f"{label} has the wrong bytes", transfer.end_ns)
+        if transfer.can_finish and not transfer.got_sha256:
+            return violated(
+                name, len(transfers), f"{label} never finished (exit {transfer.exit_code})", transfer.begin_ns
+            )
+    return held(name, len(transfers), f"{sum(t.size_bytes for t in transfers)} bytes")
+
+
+def check_deadlines(operations: list[Operation]) -> Verdict:
+    """Nothing waits past its deadline."""
+    name = "nothing waits past its deadline"
+    for operation in operations:
+        if operation.end_ns > operation.deadline_ns + DEADLINE_SLACK_SECONDS * 1e9:
+            return violated(
+                name, len(operations),
+                f"operation {operation.id} ({operation.name} {operation.key} on {operation.node}) was still waiting "
+                f"{DEADLINE_SLACK_SECONDS:.0f} s after its deadline",
+                operation.call_ns, [operation.id],
+            )  # fmt: skip
+    return held(name, len(operations))
+
+
+def check_honesty(history: History, operations_per_second_min: float, kinds: set[str]) -> Verdict:
+    """The run was worth something: enough acknowledged work, and every kind of fault bit."""
+    name = "the run bit"
+    seconds = max(history.end_ns, 1) / 1e9
+    acknowledged = sum(o.end in ("ok", "refused") for o in history.operations)
+    rate = acknowledged / seconds
+    if rate < operations_per_second_min:
+        return violated(
+            name, acknowledged, f"{rate:.1f} acknowledged operations/s, below {operations_per_second_min}"
+        )
+    bit = {fault.kind for fault in history.faults if fault.bit}
+    if missing := sorted(kinds - bit):
+        return violated(
+            name, len(history.faults), f"these faults had no visible effect: {', '.join(missing)}"
+        )
+    return held(
+        name,
+        len(history.faults),
+        f"{rate:.0f} acknowledged operations/s, faults: {', '.join(sorted(bit)) or 'none'}",
+    )
