@@ -38,7 +38,7 @@ class Failure(Enum):
     WITHDRAWN = "withdrawn"  # 410: its file changed, or its share ended
     STALLED = "stalled"  # the driver's own time limit
     GONE = "gone"  # the connection broke or could not be made
-    GARBLED = "garbled"  # too few bytes, too many, or not the protocol
+    GARBLED = "garbled"  # too few bytes, too many, another piece, or not the protocol
     LOCAL = "local"  # ours: no memory, no disk; not the peer's fault
 
 
@@ -147,7 +147,7 @@ class PieceVerified(Struct, frozen=True, gc=False):
 
 
 class PieceWrong(Struct, frozen=True, gc=False):
-    """The piece's hash is wrong (or the peer named a piece that was not asked)."""
+    """The piece's bytes do not have its hash: the peer is cut off for this swarm."""
 
     request: int
 
@@ -256,7 +256,8 @@ class RequestPiece(Struct, frozen=True, gc=False):
 
 
 class RequestNext(Struct, frozen=True, gc=False):
-    """Fetch from `peer` whichever of `want` it chooses. A piece outside `want` is answered with `PieceWrong`."""
+    """Fetch from `peer` whichever of `want` it chooses. An answer with a piece outside `want` is
+    `PieceFailed(GARBLED)`."""
 
     request: int
     peer: str
