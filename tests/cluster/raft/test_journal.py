@@ -39,6 +39,7 @@ class Harness:
         self.states: dict[int, State] = {}
         self.full_log = list(self.journal[:])  # as if nothing were ever compacted
         self.compacted = self.journal.first_index
+        self.committed: dict[int, tuple[bytes, int, int]] = {}
         self.note()
 
     def note(self) -> None:
@@ -75,7 +76,7 @@ class Harness:
             case "add":
                 self.add(*(rng.randbytes(rng.choice([0, 1, 7, 40])) for _ in range(number % 5)))
             case "cut":
-                self.cut(number % 7)
+                self.cut(min(number % 7, journal.last_index - max(self.committed, default=0)))
             case "vote":
                 self.vote(journal.getCurrentTerm() + number % 3, rng.choice([None, "n1", "n2"]))
             case "flush":
@@ -85,8 +86,11 @@ class Harness:
             case "second":
                 journal.onOneSecondTimer()
             case "commit":
-                if journal.synced_index:
-                    journal.setRaftCommitIndex(number % (journal.synced_index + 1))
+                # On a leader, what others have synced is committed before it is synced here.
+                index = number % (journal.last_index + 1)
+                if index > max(self.committed, default=0):
+                    journal.setRaftCommitIndex(index)
+                    self.committed |= {entry[1]: entry for entry in self.full_log if entry[1] <= index}
             case "compact":
                 if journal.synced_index > journal.first_index:
                     index = rng.randint(journal.first_index, journal.synced_index)
@@ -101,6 +105,7 @@ class Harness:
                 if index and journal.term_at(index) != term:
                     journal.reset_to(index, term)
                     self.full_log = [(b"", index, term)]
+                    self.committed = {index: (b"", index, term)}
                     self.compacted = index
                     self.note()
                 elif index:
@@ -152,7 +157,9 @@ def test_crash_at_any_step_keeps_what_was_synced(
             for action in actions:
                 harness.act(action, rng)
                 position = harness.journal.written
-                harness.journal.when_synced(position, lambda position=position: reported.add(position))
+                harness.journal.when_synced(
+                    position, lambda position=position, reported=reported: reported.add(position)
+                )
                 assert harness.journal.synced_index <= harness.journal.last_index
             harness.settle()
             if rng.random() < 0.5:
@@ -172,6 +179,13 @@ def test_crash_at_any_step_keeps_what_was_synced(
             except Crash:
                 disk = disk.crash(rng, power=power)
         check_state(following.journal, harness.states, synced, harness.compacted)
+        hint = following.journal.getRaftCommitIndex()
+        for entry in following.journal[:] if hint > 1 else []:
+            if entry[1] in harness.committed and entry[1] <= hint:
+                assert entry == harness.committed[entry[1]]
+        following.committed = {
+            i: entry for i, entry in harness.committed.items() if i <= following.journal.last_index
+        }
         log = harness.states[following.journal.written][0]
         following.full_log = list(log)
         following.compacted = harness.compacted
@@ -353,6 +367,24 @@ def test_cutting_takes_back_the_synced_index_even_under_way() -> None:
     assert harness.journal.synced_index == 2, "the entry at 3 is another one now, and not on the disk"
     harness.settle()
     assert harness.journal.synced_index == 3
+
+
+def test_a_torn_batch_never_commits_what_it_was_to_replace() -> None:
+    harness = Harness(FakeDisk(), create=True, segment_bytes=100_000)
+    harness.add(b"common", b"stale", b"stale")
+    harness.settle()
+    before = len(harness.disk.files()[segment_name(1)])
+    harness.vote(2, None)
+    harness.cut(2)
+    harness.add(b"chosen", b"chosen")
+    harness.journal.setRaftCommitIndex(3)
+    harness.settle()
+    files = harness.disk.files()
+    content = files[segment_name(1)]
+    for kept in range(before, len(content)):
+        journal = Harness(FakeDisk({**files, segment_name(1): content[:kept]}), create=False).journal
+        committed = [entry[0] for entry in journal[:] if entry[1] <= journal.getRaftCommitIndex()]
+        assert b"stale" not in committed
 
 
 def test_a_failed_sync_ends_the_node_once_and_is_never_reported() -> None:
