@@ -41,3 +41,21 @@ class Refused(msgspec.Struct, frozen=True, array_like=True, tag="refused"):
 
 
 Outcome = Applied | Refused
+
+
+class FactDropped(msgspec.Struct, frozen=True, array_like=True):
+    """A fact of an announcement that was not taken, and why. `name` is "" for the addresses."""
+
+    group: str
+    name: str
+    manifest_id: str
+    reason: str
+
+
+class AnnounceValue(msgspec.Struct, frozen=True, array_like=True):
+    """What became of one announcement. The value of an applied `AnnouncePeers` is a tuple of these, in
+    the order of its announcements."""
+
+    known: bool  # False: the peer is not bound to this user (`PutPeer` first); nothing was taken
+    whole_wanted: bool  # the peer's next announcement should say everything
+    dropped: tuple[FactDropped, ...] = ()
