@@ -74,6 +74,11 @@ class StateMachine:
     def revision(self) -> int:
         return self.state.revision
 
+    def follow(self, on_change: Callable[[Change], None], on_restore: Callable[[], None]) -> None:
+        """Set whom to tell from now on, in the place of who was told so far."""
+        self._on_change = on_change
+        self._on_restore = on_restore
+
     def apply(self, commands: Sequence[bytes]) -> list[Outcome]:
         """Apply the commands of one entry in order; one outcome for each."""
         if self._discarded and next(self._discarded[-1], False) is False:
