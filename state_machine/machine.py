@@ -17,6 +17,7 @@ from .events import Change
 from .model import State
 from .names import uuid7_ms
 from .outcomes import Applied, Code, Outcome, Refused
+from .requests import HASH_BYTES, request_key
 from .rules import files, groups, keys, people, swarms
 from .rules.draft import Draft
 from .snapshot import FrozenMachine, Loader, crumble, digest
@@ -52,7 +53,6 @@ _RULES: Final[dict[type[c.Command], Callable[[State, Any, Draft], Any]]] = {
 }
 
 _CRUMBLE_ROWS: Final = 500  # of a state that was replaced, freed with each entry applied
-_HASH_BYTES: Final = 32
 
 
 class StateMachine:
@@ -110,33 +110,42 @@ class StateMachine:
         if not entry.request_id:
             return self._execute(entry.command)
 
-        requests = self.state.requests
-        kept = requests.find(entry.caller, entry.request_id)
-        if kept is not None:
-            return requests.replay(kept, entry.request_hash, revision)
         minted_ms = uuid7_ms(entry.request_id)
-        refused = self._request_fault(entry, minted_ms)
+        refused = self._form_fault(entry, minted_ms)
         if refused is not None:
             return refused
         assert minted_ms is not None
+        requests = self.state.requests
+        key = request_key(entry.caller, entry.request_id)
+        kept = requests.find(key)
+        if kept is not None:
+            return requests.replay(kept, entry.request_hash, revision)
+        refused = self._time_fault(entry, minted_ms)
+        if refused is not None:
+            return refused
         outcome = self._execute(entry.command)
-        requests.keep(entry.caller, entry.request_id, minted_ms, entry.request_hash, outcome)
+        requests.keep(key, entry.request_hash, outcome)
         return outcome
 
-    def _request_fault(self, entry: c.Entry, minted_ms: int | None) -> Refused | None:
-        """Why this request id cannot be used. Such a refusal is not kept: nothing was executed."""
+    # Why a request id cannot be used. Such refusals are not kept: nothing was executed.
+
+    def _form_fault(self, entry: c.Entry, minted_ms: int | None) -> Refused | None:
         field, revision = "Idempotency-Key", self.state.revision
         if minted_ms is None:
             return Refused(
                 Code.INVALID, "a request id is a UUIDv7 in its canonical form", field, revision=revision
             )
-        if len(entry.request_hash) != _HASH_BYTES or len(entry.caller) > limits.USER_NAME_CHARS_MAX:
+        if len(entry.request_hash) != HASH_BYTES or len(entry.caller) > limits.USER_NAME_CHARS_MAX:
             return Refused(
                 Code.INVALID,
                 "a request id needs its caller and the hash of its request",
                 field,
                 revision=revision,
             )
+        return None
+
+    def _time_fault(self, entry: c.Entry, minted_ms: int) -> Refused | None:
+        field, revision = "Idempotency-Key", self.state.revision
         at_ms = getattr(entry.command, "at_ms", None)
         if at_ms is not None and minted_ms > at_ms + limits.REQUEST_ID_AHEAD_MS_MAX:
             return Refused(

@@ -18,6 +18,8 @@ from .requests import Requests
 from .tables import Nest, Table
 
 Role = Literal["owner", "admin", "member"]
+# Sets, as dicts to None: the garbage collector leaves dicts of strings alone, but not sets of them.
+Index = dict[str, dict[str, None]]
 
 
 class Row(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -129,14 +131,11 @@ class SigningKey(Row, frozen=True, gc=False):
     valid_until_ms: int | None = None  # None: not retired
 
 
-class SwarmCount:
+class SwarmCount(msgspec.Struct, gc=False):
     """Peers of one swarm that others may ask: neither hidden nor quarantined."""
 
-    __slots__ = ("leechers", "seeders")
-
-    def __init__(self) -> None:
-        self.seeders = 0
-        self.leechers = 0
+    seeders: int = 0
+    leechers: int = 0
 
 
 NO_COUNT: Final = SwarmCount()
@@ -183,11 +182,11 @@ class State:
 
         # Derived: rebuilt when a snapshot is loaded, by the same methods that keep them.
         self.owned_counts: dict[str, int] = {}  # user: groups owned
-        self.peers_of: dict[str, set[str]] = {}  # user: peer ids
-        self.swarms_of: dict[str, set[str]] = {}  # peer id: swarm keys
+        self.peers_of: Index = {}  # user: peer ids
+        self.swarms_of: Index = {}  # peer id: swarm keys
+        self.hidden_of: Index = {}  # peer id: swarm keys where it is hidden
         self.counts: dict[str, SwarmCount] = {}  # swarm key
-        self.hidden_of: dict[str, set[str]] = {}  # peer id: swarm keys where it is hidden
-        self.manifest_uses: dict[str, int] = {}  # group/manifest id: names and old versions that have it
+        self.manifest_uses: dict[str, dict[str, int]] = {}  # group: manifest id: versions that have it
 
     # --- groups ---------------------------------------------------------------------------------
 
@@ -216,19 +215,19 @@ class State:
         """Put the current version. A version it replaces must have been moved or dropped before."""
         before = self.files.get(group, name)
         if before is not None:
-            _lower(self.manifest_uses, f"{group}/{before.manifest_id}")
-        _raise(self.manifest_uses, f"{group}/{file.manifest_id}")
+            self._lower_use(group, before.manifest_id)
+        _raise(self.manifest_uses.setdefault(group, {}), file.manifest_id)
         self.files.put(group, name, file)
 
     def put_old_version(self, group: str, name: str, manifest_id: str, version: OldVersion) -> None:
         assert self.old_versions.get(file_key(group, name), manifest_id) is None
-        _raise(self.manifest_uses, f"{group}/{manifest_id}")
+        _raise(self.manifest_uses.setdefault(group, {}), manifest_id)
         self.old_versions.put(file_key(group, name), manifest_id, version)
 
     def drop_old_version(self, group: str, name: str, manifest_id: str) -> None:
         """The version; its swarm must be empty or be dropped with `drop_swarm`."""
         self.old_versions.drop(file_key(group, name), manifest_id)
-        _lower(self.manifest_uses, f"{group}/{manifest_id}")
+        self._lower_use(group, manifest_id)
 
     def drop_file(self, group: str, name: str) -> list[str]:
         """The file, its old versions, and all their swarms. Returns the manifest ids, sorted."""
@@ -237,7 +236,7 @@ class State:
             self.drop_swarm(swarm_key(group, name, manifest_id))
             self.drop_old_version(group, name, manifest_id)
         manifest_id = self.files.drop(group, name).manifest_id
-        _lower(self.manifest_uses, f"{group}/{manifest_id}")
+        self._lower_use(group, manifest_id)
         self.drop_swarm(swarm_key(group, name, manifest_id))
         return sorted([*old, manifest_id])
 
@@ -251,20 +250,30 @@ class State:
         old = self.old_versions.get(file_key(group, name), manifest_id)
         return None if old is None else old.pieces
 
+    def shares(self, group: str, manifest_id: str) -> bool:
+        """Whether any version of any file in the group has this manifest."""
+        return manifest_id in self.manifest_uses.get(group, ())
+
+    def _lower_use(self, group: str, manifest_id: str) -> None:
+        uses = self.manifest_uses[group]
+        _lower(uses, manifest_id)
+        if not uses:
+            del self.manifest_uses[group]
+
     # --- swarms ---------------------------------------------------------------------------------
 
     def put_holding(self, key: str, peer_id: str, holding: Holding) -> None:
         before = self.holdings.get(key, peer_id)
         counted = self.quarantines.get(key[: key.index("/")], peer_id) is None
         if before is None:
-            self.swarms_of.setdefault(peer_id, set()).add(key)
+            self.swarms_of.setdefault(peer_id, {})[key] = None
         else:
             if before.hidden:
                 _discard(self.hidden_of, peer_id, key)
             elif counted:
                 self._count(key, before, -1)
         if holding.hidden:
-            self.hidden_of.setdefault(peer_id, set()).add(key)
+            self.hidden_of.setdefault(peer_id, {})[key] = None
         elif counted:
             self._count(key, holding, 1)
         self.holdings.put(key, peer_id, holding)
@@ -331,7 +340,7 @@ class State:
     def put_peer(self, peer_id: str, peer: Peer) -> None:
         before = self.peers.get(peer_id)
         if before is None:
-            self.peers_of.setdefault(peer.user, set()).add(peer_id)
+            self.peers_of.setdefault(peer.user, {})[peer_id] = None
         else:
             assert before.user == peer.user, "a peer never changes hands"
         self.peers.put(peer_id, peer)
@@ -340,10 +349,6 @@ class State:
         """Forget a binding; the peer must be in no swarm and hold no lease."""
         assert peer_id not in self.swarms_of and peer_id not in self.leases
         _discard(self.peers_of, self.peers.drop(peer_id).user, peer_id)
-
-    def tables(self) -> dict[str, Table[object] | Nest[object]]:
-        """Everything a snapshot holds beside the scalars and the kept requests, by name."""
-        return {name: getattr(self, name) for name in TABLES}
 
 
 # Name: row type. The order is that of loading: quarantines count before the holdings they hide.
@@ -384,8 +389,8 @@ def _lower(counts: dict[str, int], key: str) -> None:
         del counts[key]
 
 
-def _discard(index: dict[str, set[str]], key: str, member: str) -> None:
+def _discard(index: Index, key: str, member: str) -> None:
     members = index[key]
-    members.remove(member)
+    del members[member]
     if not members:
         del index[key]

@@ -223,7 +223,7 @@ def has_version(state: State, group: str, name: str, manifest_id: str) -> bool:
 
 def shares_manifest(state: State, group: str, manifest_id: str) -> bool:
     """Whether any version of any file in the group has this manifest."""
-    return f"{group}/{manifest_id}" in state.manifest_uses
+    return state.shares(group, manifest_id)
 
 
 def swarm_peers(state: State, group: str, name: str, manifest_id: str = "") -> list[SwarmPeerInfo] | None:

@@ -17,21 +17,34 @@ import msgspec
 
 from . import limits
 from .outcomes import Applied, Code, Outcome, Refused
-from .tables import Rows, Table
+from .tables import Table
 
+HASH_BYTES: Final = 32
 _CHUNK_ROWS: Final = 512
-_ROW_BYTES: Final = 128  # what a row costs beside the texts in it
+_ROW_BYTES: Final = 256  # what a row costs in memory beside its bytes
 
 _encoder: Final = msgspec.msgpack.Encoder()
 _decoder: Final = msgspec.msgpack.Decoder(Applied | Refused)
 
 
 class KeptRequest(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    caller: str
-    request_id: str
-    minted_ms: int
-    request_hash: bytes
-    outcome: bytes  # encoded: its size is then known, and a million objects are not
+    """Two byte strings, for there are very many of these."""
+
+    key: bytes  # the id's 16 bytes, then the caller in UTF-8
+    answer: bytes  # SHA-256 of the request, then the encoded outcome
+
+    @property
+    def caller(self) -> str:
+        return self.key[16:].decode()
+
+    @property
+    def minted_ms(self) -> int:
+        return int.from_bytes(self.key[:6], "big")  # RFC 9562, 5.7
+
+
+def request_key(caller: str, request_id: str) -> bytes:
+    """The key of a UUID in canonical form."""
+    return bytes.fromhex(request_id.replace("-", "")) + caller.encode()
 
 
 class FrozenRequests:
@@ -50,24 +63,24 @@ class Requests:
     def __init__(self) -> None:
         self.forgotten: Table[int] = Table(64)  # caller: latest minted_ms of its forgotten ids
         self.floor_ms = 0  # for callers whose own number was pruned
-        self._by_id: dict[tuple[str, str], KeptRequest] = {}
+        self._by_key: dict[bytes, KeptRequest] = {}
         self._chunks: list[list[KeptRequest]] = [[]]
         self._start = 0  # of the first chunk: rows before it are forgotten
         self._bytes = 0
 
     def __len__(self) -> int:
-        return len(self._by_id)
+        return len(self._by_key)
 
     @property
     def kept_bytes(self) -> int:
         return self._bytes
 
-    def find(self, caller: str, request_id: str) -> KeptRequest | None:
-        return self._by_id.get((caller, request_id))
+    def find(self, key: bytes) -> KeptRequest | None:
+        return self._by_key.get(key)
 
     def replay(self, kept: KeptRequest, request_hash: bytes, revision: int) -> Outcome:
         """The first answer again, or the refusal of an id that came back with another body."""
-        if kept.request_hash != request_hash:
+        if kept.answer[:HASH_BYTES] != request_hash:
             return Refused(
                 Code.REQUEST_MISMATCH,
                 "this request id was already used with another request",
@@ -75,25 +88,22 @@ class Requests:
                 hint="Use a new id for a new request; repeat a request unchanged.",
                 revision=revision,
             )
-        first: Outcome = _decoder.decode(kept.outcome)
+        first: Outcome = _decoder.decode(memoryview(kept.answer)[HASH_BYTES:])
         return msgspec.structs.replace(first, replayed=True)
 
     def too_old(self, caller: str, minted_ms: int) -> bool:
         mark = self.forgotten.get(caller)
         return minted_ms <= (self.floor_ms if mark is None else max(mark, self.floor_ms))
 
-    def keep(
-        self, caller: str, request_id: str, minted_ms: int, request_hash: bytes, outcome: Outcome
-    ) -> None:
-        self.restore(KeptRequest(caller, request_id, minted_ms, request_hash, _encoder.encode(outcome)))
-        while len(self._by_id) > limits.REQUESTS_KEPT_MAX or self._bytes > limits.REQUESTS_KEPT_BYTES_MAX:
+    def keep(self, key: bytes, request_hash: bytes, outcome: Outcome) -> None:
+        self.restore(KeptRequest(key, request_hash + _encoder.encode(outcome)))
+        while len(self._by_key) > limits.REQUESTS_KEPT_MAX or self._bytes > limits.REQUESTS_KEPT_BYTES_MAX:
             self._forget_oldest()
 
     def restore(self, row: KeptRequest) -> None:
         """Append a row, as kept by `keep` or as read from a snapshot."""
-        key = (row.caller, row.request_id)
-        assert key not in self._by_id, "a kept request id is answered from memory, never kept twice"
-        self._by_id[key] = row
+        assert row.key not in self._by_key, "a kept request id is answered from memory, never kept twice"
+        self._by_key[row.key] = row
         if len(self._chunks[-1]) == _CHUNK_ROWS:
             self._chunks.append([])
         self._chunks[-1].append(row)
@@ -108,7 +118,7 @@ class Requests:
             self.floor_ms = max(self.floor_ms, ms)
         return len(old)
 
-    def freeze(self) -> tuple[FrozenRequests, tuple[Rows[int], ...]]:
+    def freeze(self) -> tuple[FrozenRequests, tuple[dict[str, int], ...]]:
         frozen = FrozenRequests(tuple(self._chunks), self._start, len(self._chunks[-1]))
         return frozen, self.forgotten.freeze()
 
@@ -116,11 +126,11 @@ class Requests:
         return iter(FrozenRequests(tuple(self._chunks), self._start, len(self._chunks[-1])))
 
     def crumble(self, rows_max: int) -> bool:
-        for _ in range(min(rows_max, len(self._by_id))):
-            self._by_id.popitem()
+        for _ in range(min(rows_max, len(self._by_key))):
+            self._by_key.popitem()
         if self._chunks:
             self._chunks.pop()
-        return bool(self._by_id or self._chunks)
+        return bool(self._by_key or self._chunks)
 
     def _forget_oldest(self) -> None:
         row = self._chunks[0][self._start]
@@ -130,7 +140,7 @@ class Requests:
                 self._chunks.append([])
             self._chunks.pop(0)
             self._start = 0
-        del self._by_id[row.caller, row.request_id]
+        del self._by_key[row.key]
         self._bytes -= _row_bytes(row)
         mark = self.forgotten.get(row.caller)
         if mark is None or row.minted_ms > mark:
@@ -138,5 +148,4 @@ class Requests:
 
 
 def _row_bytes(row: KeptRequest) -> int:
-    # Four bytes for a character is what UTF-8 may need; counting exactly would cost more than it tells.
-    return _ROW_BYTES + 4 * len(row.caller) + len(row.request_hash) + len(row.outcome)
+    return _ROW_BYTES + len(row.key) + len(row.answer)

@@ -24,7 +24,7 @@ import msgspec
 
 from .model import TABLES, State
 from .requests import KeptRequest
-from .tables import Nest, Rows, Table
+from .tables import Nest, Table
 
 MAGIC: Final = b"trimaran state 1\n"
 FRAME_BYTES_MAX: Final = 64 << 20
@@ -72,7 +72,7 @@ class FrozenMachine:
     def __init__(self, state: State) -> None:
         self.revision = state.revision
         self._scalars = _Scalars(state.revision, state.registration, state.requests.floor_ms)
-        self._tables: list[tuple[str, bool, tuple[Rows[Any], ...]]] = []
+        self._tables: list[tuple[str, bool, tuple[dict[str, Any], ...]]] = []
         for name in TABLES:
             table: Table[Any] | Nest[Any] = getattr(state, name)
             self._tables.append((name, isinstance(table, Nest), table.freeze()))
@@ -105,7 +105,7 @@ def _pieces(rows: Mapping[str, Any], rows_max: int) -> Iterator[Mapping[str, Any
         yield piece
 
 
-def _table_bodies(shards: tuple[Rows[Any], ...], rows_max: int) -> Iterator[tuple[int, Any]]:
+def _table_bodies(shards: tuple[dict[str, Any], ...], rows_max: int) -> Iterator[tuple[int, Any]]:
     gathered: dict[str, Any] = {}
     for shard in shards:
         if gathered and len(gathered) + len(shard) > rows_max:
@@ -120,7 +120,7 @@ def _table_bodies(shards: tuple[Rows[Any], ...], rows_max: int) -> Iterator[tupl
         yield len(gathered), gathered
 
 
-def _nest_bodies(shards: tuple[Rows[Rows[Any]], ...], rows_max: int) -> Iterator[tuple[int, Any]]:
+def _nest_bodies(shards: tuple[dict[str, dict[str, Any]], ...], rows_max: int) -> Iterator[tuple[int, Any]]:
     gathered: list[tuple[str, Mapping[str, Any]]] = []
     count = 0
     for shard in shards:

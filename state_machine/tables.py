@@ -20,40 +20,25 @@ V = TypeVar("V")
 _NO_ROWS: Final[Mapping[str, object]] = {}
 
 
-class Rows(dict[str, V]):
-    """Rows by key, stamped with the generation that may still write them in place."""
-
-    __slots__ = ("generation",)
-    generation: int
-
-
-def _rows(generation: int, of: Mapping[str, V] | None = None) -> Rows[V]:
-    rows: Rows[V] = Rows() if of is None else Rows(of)
-    rows.generation = generation
-    return rows
-
-
 class Table(Generic[V]):
     """One row for each key."""
 
-    __slots__ = ("_generation", "_mask", "_shards", "_size")
+    # Shards are plain dicts of rows the garbage collector need not know: so it leaves them alone, too.
+    __slots__ = ("_generation", "_generations", "_mask", "_shards", "_size")
 
     def __init__(self, shards: int = 256) -> None:
         assert shards & (shards - 1) == 0, "a power of two: the shard is a mask of the CRC"
         self._mask = shards - 1
         self._generation = 0
+        self._generations = [0] * shards  # in which each shard may be written in place
+        self._shards: list[dict[str, V]] = [{} for _ in range(shards)]
         self._size = 0
-        self._shards: list[Rows[V]] = [_rows(0) for _ in range(shards)]
 
     def __len__(self) -> int:
         return self._size
 
     def __contains__(self, key: str) -> bool:
         return self.get(key) is not None
-
-    @property
-    def generation(self) -> int:
-        return self._generation
 
     def get(self, key: str) -> V | None:
         try:
@@ -62,21 +47,14 @@ class Table(Generic[V]):
             return None
 
     def put(self, key: str, row: V) -> None:
-        number = crc32(key.encode()) & self._mask
-        shard = self._shards[number]
-        if shard.generation != self._generation:
-            shard = self._shards[number] = _rows(self._generation, shard)
+        shard = self._writable(key)
         before = len(shard)
         shard[key] = row
         self._size += len(shard) - before
 
     def drop(self, key: str) -> V:
         """Remove the row, which must be there."""
-        number = crc32(key.encode()) & self._mask
-        shard = self._shards[number]
-        if shard.generation != self._generation:
-            shard = self._shards[number] = _rows(self._generation, shard)
-        row = shard.pop(key)
+        row = self._writable(key).pop(key)
         self._size -= 1
         return row
 
@@ -85,7 +63,7 @@ class Table(Generic[V]):
         for shard in self._shards:
             yield from shard.items()
 
-    def freeze(self) -> tuple[Rows[V], ...]:
+    def freeze(self) -> tuple[dict[str, V], ...]:
         """The shards as they are now; nobody writes them any more."""
         self._generation += 1
         return tuple(self._shards)
@@ -95,33 +73,38 @@ class Table(Generic[V]):
         rows at once would hold the interpreter for a quarter of a second."""
         while self._shards:
             shard = self._shards[-1]
-            if shard.generation != self._generation:  # a frozen view still holds it
-                self._shards.pop()
-                continue
-            while shard and rows_max > 0:
+            # What a frozen view still holds is freed with the view.
+            while shard and self._generations[-1] == self._generation:
+                if rows_max == 0:
+                    return True
                 shard.popitem()
                 rows_max -= 1
-            if rows_max <= 0:
-                return True
             self._shards.pop()
+            self._generations.pop()
         return False
+
+    def _writable(self, key: str) -> dict[str, V]:
+        number = crc32(key.encode()) & self._mask
+        shard = self._shards[number]
+        if self._generations[number] != self._generation:
+            shard = self._shards[number] = shard.copy()
+            self._generations[number] = self._generation
+        return shard
 
 
 class Nest(Generic[V]):
     """Rows by an outer and an inner key: the members of a group, the peers of a swarm."""
 
-    __slots__ = ("_outer", "_size")
+    __slots__ = ("_frozen", "_outer", "_size", "_written")
 
     def __init__(self, shards: int = 256) -> None:
-        self._outer: Table[Rows[V]] = Table(shards)
+        self._outer: Table[dict[str, V]] = Table(shards)
         self._size = 0
+        self._frozen = False  # ever
+        self._written: set[str] = set()  # outer keys whose rows are newer than the latest freeze
 
     def __len__(self) -> int:
         return self._size
-
-    @property
-    def outer_count(self) -> int:
-        return len(self._outer)
 
     def rows(self, outer: str) -> Mapping[str, V]:
         """The rows under one outer key. Read at once: it may be the live mapping."""
@@ -153,23 +136,27 @@ class Nest(Generic[V]):
             self._size -= len(rows)
             self._outer.drop(outer)
 
-    def items(self) -> Iterator[tuple[str, Rows[V]]]:
+    def items(self) -> Iterator[tuple[str, dict[str, V]]]:
         return self._outer.items()
 
-    def freeze(self) -> tuple[Rows[Rows[V]], ...]:
+    def freeze(self) -> tuple[dict[str, dict[str, V]], ...]:
+        self._frozen = True
+        self._written = set()
         return self._outer.freeze()
 
     def crumble(self, rows_max: int) -> bool:
         """As `Table.crumble`, counting row sets: most are small."""
         return self._outer.crumble(rows_max)
 
-    def _writable(self, outer: str) -> Rows[V]:
-        generation = self._outer.generation
+    def _writable(self, outer: str) -> dict[str, V]:
         rows = self._outer.get(outer)
         if rows is None:
-            rows = _rows(generation)
-            self._outer.put(outer, rows)
-        elif rows.generation != generation:
-            rows = _rows(generation, rows)
-            self._outer.put(outer, rows)
+            rows = {}
+        elif not self._frozen or outer in self._written:
+            return rows
+        else:
+            rows = rows.copy()
+        self._outer.put(outer, rows)
+        if self._frozen:
+            self._written.add(outer)
         return rows

@@ -176,9 +176,7 @@ def remove_file(state: State, command: RemoveFile, draft: Draft) -> Any:
         return refused
 
     revoked = [
-        manifest_id
-        for manifest_id in state.drop_file(group, name)
-        if f"{group}/{manifest_id}" not in state.manifest_uses
+        manifest_id for manifest_id in state.drop_file(group, name) if not state.shares(group, manifest_id)
     ]
     for manifest_id in revoked:
         revoke(state, draft, group, manifest_id=manifest_id, expires_ms=command.token_expiry_ms)

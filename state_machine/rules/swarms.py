@@ -8,8 +8,7 @@ the latest sign of life that was logged, so no counter ever comes twice, not eve
 
 from __future__ import annotations
 
-from collections.abc import Set
-from typing import Any
+from typing import Any, Final
 
 from msgspec.structs import replace
 
@@ -31,6 +30,8 @@ from .draft import Draft
 from .groups import record
 from .leaving import leave_swarm, peer_leaves_swarms, swarm_path
 from .rights import require_admin, require_member
+
+_NO_SWARMS: Final[dict[str, None]] = {}
 
 
 def put_peer(state: State, command: PutPeer, draft: Draft) -> Any:
@@ -132,7 +133,7 @@ def _plan_addresses(plan: Plan, peer: Peer, announcement: Announcement, dropped:
 
 def _plan_facts(state: State, plan: Plan, announcement: Announcement, dropped: list[FactDropped]) -> None:
     peer_id, user = announcement.peer_id, announcement.user
-    held: Set[str] = state.swarms_of.get(peer_id, frozenset())
+    held = state.swarms_of.get(peer_id, _NO_SWARMS).keys()
     said: dict[str, Holding | None] = {}
     joined = 0
     for number, fact in enumerate(announcement.facts):
@@ -213,7 +214,7 @@ def _carry_out(state: State, draft: Draft, plan: Plan) -> None:
         if draft.watched:
             _emit_swarm(state, draft, key, peer_id, peer, holding)
     if plan.addresses is not None and draft.watched:
-        for key in sorted(state.swarms_of.get(peer_id, set()) - plan.puts.keys()):
+        for key in sorted(state.swarms_of.get(peer_id, _NO_SWARMS).keys() - plan.puts.keys()):
             unchanged = state.holdings.get(key, peer_id)
             assert unchanged is not None
             _emit_swarm(state, draft, key, peer_id, peer, unchanged)
