@@ -1,0 +1,388 @@
+"""The piece server: what other peers may ask of this one (`docs/peer-protocol.md`).
+
+Owned here: the routes, the order of checks (token, then existence: a stranger learns nothing about what exists),
+upload slots over HTTP, and ending every transfer whose right was withdrawn. Left to others: the decision about a
+token (`access.py`), the choice of a piece and the queue (`sender.py`), moving bytes (`sending.py`), links (`links.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import re
+import ssl
+import weakref
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import orjson
+from aiohttp import web
+from msgspec import Struct
+
+from cluster.api.certificates import peer_id_of
+from cluster.api.tokens import Claims
+
+from .access import Access, AccessRefusedError
+from .bitmap import BitmapError, from_wire
+from .content import OpenFiles, SourceGoneError
+from .pacer import Pacer
+from .sender import Busy, UploadQueue
+from .sending import CutError, PieceSender, Sending
+from .swarm import Swarm, Swarms
+
+CONNECTIONS_MAX: Final = 1024
+BODY_BYTES_MAX: Final = 1 << 20
+QUEUE_SECONDS_MAX: Final = 8.0
+HANDSHAKE_SECONDS: Final = 10.0
+_MANIFEST_ID: Final = r"{manifest_id:[0-9a-f]{64}}"
+_RANGE: Final = re.compile(r"bytes=(\d{1,12})-(\d{1,12})?")
+
+
+class NextBody(Struct, frozen=True, forbid_unknown_fields=True):
+    """Body of `POST .../next`."""
+
+    want: bytes
+
+
+class _Refusal(Exception):
+    def __init__(
+        self, status: int, code: str, message: str, retry_after_seconds: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.message = message
+        self.retry_after_seconds = retry_after_seconds
+        self.queue = 0
+
+
+class PieceServer:
+    """Serves the swarms of a peer. `start`, then `address`; `stop`."""
+
+    def __init__(
+        self,
+        *,
+        peer_id: str,
+        swarms: Swarms,
+        access: Access,
+        files: OpenFiles,
+        executor: Executor,
+        manifest_file: Callable[[str], Path],
+        withdraw: Callable[[Swarm, str], None],
+        link: Callable[[web.Request, Swarm, Claims], Awaitable[web.StreamResponse]],
+        up: Pacer,
+    ) -> None:
+        self.queue = UploadQueue()
+        self._peer_id = peer_id
+        self._swarms = swarms
+        self._access = access
+        self._manifest_file = manifest_file
+        self._withdraw = withdraw
+        self._link = link
+        self._up = up
+        self._sender = PieceSender(files, executor, up, self.queue.moved)
+        self._sendings: set[Sending] = set()
+        self._tickets = itertools.count(1)
+        self._granted: dict[int, asyncio.Future[None]] = {}
+        self._callers: weakref.WeakKeyDictionary[asyncio.BaseTransport, str] = weakref.WeakKeyDictionary()
+        self._tls = False
+        self._runner: web.AppRunner | None = None
+        self._listener: asyncio.Server | None = None
+
+    # --- life -----------------------------------------------------------------------------------
+
+    async def start(self, host: str, port: int, tls: ssl.SSLContext | None) -> tuple[str, int]:
+        """Listen; returns the address in use. Raises OSError."""
+        app = web.Application(client_max_size=BODY_BYTES_MAX, middlewares=[self._answer_refusals])
+        swarm = f"/v1/swarms/{_MANIFEST_ID}"
+        app.router.add_get("/v1/hello", self._hello)
+        app.router.add_get(f"{swarm}/manifest", self._manifest)
+        app.router.add_get(swarm + r"/pieces/{index:\d{1,8}}", self._piece)
+        app.router.add_post(f"{swarm}/next", self._next)
+        app.router.add_get(f"{swarm}/link", self._open_link)
+        app.router.add_route("*", "/{anything:.*}", self._unknown)
+        self._runner = web.AppRunner(
+            app, access_log=None, handler_cancellation=True, keepalive_timeout=90.0, shutdown_timeout=0.5
+        )
+        await self._runner.setup()
+        self._tls = tls is not None
+        server = self._runner.server
+        assert server is not None
+
+        def connection() -> asyncio.Protocol:
+            # Past the bound the connection is closed at once: those inside keep what they have.
+            return server() if len(server.connections) < CONNECTIONS_MAX else _Full()
+
+        self._listener = await asyncio.get_running_loop().create_server(
+            connection,
+            host or None,
+            port,
+            ssl=tls,
+            backlog=512,
+            ssl_handshake_timeout=HANDSHAKE_SECONDS if tls else None,
+        )
+        found = self._listener.sockets[0].getsockname()
+        return str(found[0]), int(found[1])
+
+    async def stop(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
+        for sending in list(self._sendings):
+            sending.cut("this peer is stopping")
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+    def recheck(self) -> None:
+        """Something was withdrawn: end every transfer whose right is gone."""
+        for sending in list(self._sendings):
+            swarm = self._swarms.get(sending.manifest_id)
+            if (
+                swarm is None
+                or not swarm.offered_to(sending.claims.group)
+                or sending.claims.peer_id in swarm.banned
+                or not self._access.allows(sending.claims, sending.manifest_id)
+            ):
+                sending.cut("the right was withdrawn")
+
+    @property
+    def sendings(self) -> int:
+        return len(self._sendings)
+
+    # --- who asks -------------------------------------------------------------------------------
+
+    def _caller(self, request: web.Request) -> str | None:
+        """The peer that TLS proved; None without TLS."""
+        if not self._tls:
+            return None
+        transport = request.transport
+        if transport is None:
+            raise ConnectionResetError
+        known = self._callers.get(transport)
+        if known is None:
+            known = peer_id_of(transport.get_extra_info("ssl_object"))
+            if known is None:
+                raise _Refusal(403, "not-a-peer", "The certificate is not a peer's.")
+            self._callers[transport] = known
+        return known
+
+    def _admit(self, request: web.Request) -> tuple[Claims, Swarm]:
+        header = request.headers.get("Authorization", "")
+        token = header[7:] if header.startswith("Bearer ") else None
+        try:
+            claims = self._access.check(token, self._caller(request))
+        except AccessRefusedError as refused:
+            raise _Refusal(refused.status, refused.code, refused.message) from refused
+        manifest_id = request.match_info.get("manifest_id", "")
+        swarm = self._swarms.get(manifest_id)
+        if swarm is None or not swarm.offered_to(claims.group):
+            raise _Refusal(404, "not-held", "This peer does not hold that for this group.")
+        if not self._access.allows(claims, manifest_id):
+            raise _Refusal(403, "withdrawn", "The right was withdrawn.")
+        if claims.peer_id in swarm.banned:
+            raise _Refusal(403, "banned", "This peer sent wrong pieces.")
+        if swarm.gone_reason:
+            raise _Refusal(
+                410, "withdrawn-source", "This share was withdrawn: its source changed or is gone."
+            )
+        return claims, swarm
+
+    # --- routes ---------------------------------------------------------------------------------
+
+    async def _hello(self, request: web.Request) -> web.Response:
+        return _json(200, {"peer_id": self._peer_id})
+
+    async def _unknown(self, request: web.Request) -> web.Response:
+        try:
+            self._access.check(
+                request.headers.get("Authorization", "").removeprefix("Bearer ") or None,
+                self._caller(request),
+            )
+        except AccessRefusedError as refused:
+            raise _Refusal(refused.status, refused.code, refused.message) from refused
+        raise _Refusal(404, "no-such-path", "There is nothing here.")
+
+    async def _manifest(self, request: web.Request) -> web.StreamResponse:
+        _, swarm = self._admit(request)
+        file = self._manifest_file(swarm.manifest_id)
+        if not file.is_file():
+            raise _Refusal(404, "not-held", "This peer does not hold that for this group.")
+        return web.FileResponse(file, headers={"Content-Type": "application/msgpack"})
+
+    async def _piece(self, request: web.Request) -> web.StreamResponse:
+        claims, swarm = self._admit(request)
+        index = int(request.match_info["index"])
+        if index >= swarm.manifest.pieces or not swarm.has(index):
+            raise _Refusal(404, "piece-not-held", "This peer does not have that piece.")
+        start, length, status = _range(request, swarm.manifest.layout.piece_length(index))
+        ticket = await self._slot(claims)
+        try:
+            return await self._send(request, claims, swarm, index, start, length, status)
+        finally:
+            self._free(ticket)
+
+    async def _next(self, request: web.Request) -> web.StreamResponse:
+        claims, swarm = self._admit(request)
+        try:
+            body = msgspec.msgpack.decode(await request.read(), type=NextBody)
+            want = from_wire(body.want, swarm.manifest.pieces)
+        except (msgspec.DecodeError, BitmapError) as error:
+            raise _Refusal(400, "bad-body", f"The body is not what it must be: {error}.") from error
+        ticket = await self._slot(claims)
+        try:
+            claims, swarm = self._admit(request)  # it may have waited
+            now = asyncio.get_running_loop().time()
+            index = swarm.choice.choose(claims.peer_id, want, now)
+            if index is None:
+                return web.Response(status=204)
+            length = swarm.manifest.layout.piece_length(index)
+            return await self._send(request, claims, swarm, index, 0, length, 200)
+        finally:
+            self._free(ticket)
+
+    async def _open_link(self, request: web.Request) -> web.StreamResponse:
+        claims, swarm = self._admit(request)
+        return await self._link(request, swarm, claims)
+
+    # --- sending --------------------------------------------------------------------------------
+
+    async def _slot(self, claims: Claims) -> int:
+        """A ticket that may send now. Raises 429."""
+        loop = asyncio.get_running_loop()
+        ticket = next(self._tickets)
+        said = self.queue.ask(claims.peer_id, ticket, loop.time())
+        if isinstance(said, Busy):
+            raise self._busy(said)
+        if said:
+            return ticket
+        granted = self._granted[ticket] = loop.create_future()
+        try:
+            async with asyncio.timeout(QUEUE_SECONDS_MAX):
+                await granted
+        except TimeoutError:
+            self._free(ticket)
+            raise self._busy(Busy(self.queue.retry_after_seconds(), 0)) from None
+        except asyncio.CancelledError:
+            self._free(ticket)
+            raise
+        finally:
+            self._granted.pop(ticket, None)
+        return ticket
+
+    def _busy(self, busy: Busy) -> _Refusal:
+        refusal = _Refusal(429, "busy", "All upload slots are taken.", busy.retry_after_seconds)
+        refusal.queue = busy.queue
+        return refusal
+
+    def _free(self, ticket: int) -> None:
+        for granted in self.queue.finished(ticket, asyncio.get_running_loop().time()):
+            waiting = self._granted.get(granted)
+            if waiting is not None and not waiting.done():
+                waiting.set_result(None)
+            else:
+                self._free(granted)
+
+    async def _send(
+        self,
+        request: web.Request,
+        claims: Claims,
+        swarm: Swarm,
+        index: int,
+        start: int,
+        length: int,
+        status: int,
+    ) -> web.StreamResponse:
+        transport = request.transport
+        if not isinstance(transport, asyncio.Transport) or transport.is_closing():
+            raise ConnectionResetError("the reader went away")
+        loop = asyncio.get_running_loop()
+        layout = swarm.manifest.layout
+        spans = layout.spans_of(index * layout.piece_bytes + start, length)
+        sending = Sending(transport, claims, swarm.manifest_id)
+        response = web.StreamResponse(
+            status=status,
+            headers={"Trimaran-Piece": str(index), "Content-Type": "application/octet-stream"},
+        )
+        response.content_length = length
+        rate = self._up.bytes_per_second or self.queue.declared(loop.time()).bytes_per_second or 1e6
+        swarm.choice.started(claims.peer_id, index, loop.time(), length / rate)
+        self._sendings.add(sending)
+        whole = False
+        try:
+            self._check_first(swarm, spans)
+            if not self._tls:
+                transport.set_write_buffer_limits(high=0)  # so that `drain` means: all headers have left
+            writer = await response.prepare(request)
+            assert writer is not None
+            if not self._tls:
+                writer.send_headers()
+                await writer.drain()
+            await self._sender.send(sending, writer, swarm.content, spans, tls=self._tls)
+            await response.write_eof()
+            whole = True
+            return response
+        except SourceGoneError as gone:
+            self._withdraw(swarm, str(gone))
+            transport.abort()
+            raise
+        finally:
+            self._sendings.discard(sending)
+            swarm.uploaded_bytes += sending.sent_bytes
+            if not whole:
+                swarm.choice.failed(claims.peer_id, index)
+
+    def _check_first(self, swarm: Swarm, spans: list[tuple[int, int, int]]) -> None:
+        """Look at the source before the head promises anything: then the answer can still be 410."""
+        try:
+            self._sender.look(swarm.content, spans)
+        except SourceGoneError as gone:
+            self._withdraw(swarm, str(gone))
+            raise _Refusal(
+                410, "withdrawn-source", "This share was withdrawn: its source changed or is gone."
+            ) from gone
+
+    @web.middleware
+    async def _answer_refusals(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except _Refusal as refusal:
+            body: dict[str, object] = {"code": refusal.code, "detail": refusal.message}
+            response = _json(refusal.status, body)
+            if refusal.retry_after_seconds is not None:
+                body |= {"retry_after_seconds": refusal.retry_after_seconds, "queue": refusal.queue}
+                response = _json(refusal.status, body)
+                response.headers["Retry-After"] = str(max(1, round(refusal.retry_after_seconds)))
+            return response
+        except (CutError, SourceGoneError, TimeoutError, OSError):
+            # Bytes were promised that will not come: only the end of the connection can say so.
+            if request.transport is not None:
+                request.transport.abort()
+            return web.Response(status=503)
+
+
+class _Full(asyncio.Protocol):
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        transport.close()
+
+
+def _json(status: int, body: object) -> web.Response:
+    return web.Response(status=status, body=orjson.dumps(body), content_type="application/json")
+
+
+def _range(request: web.Request, length: int) -> tuple[int, int, int]:
+    """(start, bytes, status) of what is asked of a piece (RFC 9110, 14: one range, within it)."""
+    header = request.headers.get("Range")
+    if header is None:
+        return 0, length, 200
+    match = _RANGE.fullmatch(header)
+    if match is None:
+        return 0, length, 200  # not a range that is understood here: the whole is a right answer
+    start = int(match[1])
+    end = min(int(match[2]) + 1 if match[2] else length, length)
+    if start >= end:
+        raise _Refusal(416, "bad-range", f"The piece has {length} bytes.")
+    return start, end - start, 206
