@@ -29,5 +29,18 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# The programs to compare with, as far as this machine has or may install them; each is skipped with a reason.
+.venv-bench/.installed: setup
+	@$(PYTHON) -m venv .venv-bench && (.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check libtorrent || true)
+	@touch $@
+
+bench: .venv-bench/.installed
+	$(BIN)/python -m benchmarks.swarm
+	$(BIN)/python -m benchmarks.consensus --rounds 2 --trials 5
+
+bench-full: .venv-bench/.installed
+	$(BIN)/python -m benchmarks.swarm --full
+	$(BIN)/python -m benchmarks.consensus
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist
+	rm -rf $(VENV) .venv-bench .pytest_cache .mypy_cache .ruff_cache build dist

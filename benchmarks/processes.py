@@ -55,19 +55,30 @@ class Process:
     def pid(self) -> int:
         return self.child.pid
 
+    def _session(self) -> list[tuple[int, list[str]]]:
+        """Every living process of its session, as (pid, the fields of its stat after the name)."""
+        found = []
+        for entry in os.scandir("/proc"):
+            if entry.name.isdigit():
+                with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                    fields = Path(f"/proc/{entry.name}/stat").read_text().rpartition(")")[2].split()
+                    if int(fields[3]) == self.pid or int(entry.name) == self.pid:
+                        found.append((int(entry.name), fields))
+        return found
+
     def cpu_seconds(self) -> float:
-        """User and system time so far, this process and what it waited for."""
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-            return sum(int(field) for field in fields[11:15]) / TICKS
-        return 0.0
+        """User and system time so far, of it, its living children, and those they waited for."""
+        return sum(int(field) for _, fields in self._session() for field in fields[11:15]) / TICKS
 
     def peak_bytes(self) -> int:
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
-        return 0
+        """The peak resident set of the largest of them."""
+        peak = 0
+        for pid, _ in self._session():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+                    if line.startswith("VmHWM:"):
+                        peak = max(peak, int(line.split()[1]) * 1024)
+        return peak
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
