@@ -103,6 +103,9 @@ class TrackerClient:
             read_bufsize=1 << 20,
             trust_env=False,
         )
+        # aiohttp repeats GET, PUT and DELETE by itself on a broken connection, unseen by the retry budget
+        # and by what is known about the call's outcome. Repeating is `failover.py`'s alone.
+        http._retry_connection = False
         self._insecure = insecure
         self._exchange = Exchange(http)
         self._clock = clock
