@@ -1,0 +1,69 @@
+"""The long-running peer and its limits."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from cyclopts import App, Parameter
+
+from peer.reports import Exit, Limits, TrimaranError
+from trimaran.output import Output, rated
+from trimaran.settings import DEFAULTS, Common, peer_settings, rate
+from trimaran.wiring import peer_session, until_cancelled
+
+app = App(name="peer", help="Run a peer, and limit what it sends and receives.")
+
+
+@app.command
+async def run(
+    *,
+    listen: Annotated[str, Parameter(metavar="HOST:PORT", help="Where other peers reach it.")] = "",
+    advertise: Annotated[
+        str, Parameter(metavar="URL,URL", help="As which addresses it is told to others.")
+    ] = "",
+    up: Annotated[str, Parameter(metavar="RATE", help="Send at most this much per second (20M).")] = "",
+    down: Annotated[str, Parameter(metavar="RATE", help="Receive at most this much per second.")] = "",
+    common: Common = DEFAULTS,
+) -> None:
+    """Share what was shared before, resume what was unfinished, and answer the other commands; until Ctrl-C.
+
+    One line is printed when it is ready.
+    """
+    settings = peer_settings(common, listen=listen, advertise=advertise, up=up, down=down)
+    async with peer_session(common, settings) as session:
+        if session.remote:
+            raise TrimaranError(
+                f"A peer already runs in the home {settings.home}.",
+                exit_code=Exit.CONFLICT,
+                code="home-in-use",
+                hint="Stop it first, or give this one a home of its own with --home.",
+            )
+        await until_cancelled(session.serve_forever())
+
+
+@app.command
+async def limits(
+    *,
+    up: Annotated[
+        str, Parameter(metavar="RATE", help="Send at most this much per second; 0 is unlimited.")
+    ] = "",
+    down: Annotated[str, Parameter(metavar="RATE", help="Receive at most this much per second.")] = "",
+    common: Common = DEFAULTS,
+) -> None:
+    """Show or change this peer's limits. They are kept, and hold at once for a running peer."""
+    async with peer_session(common) as session:
+        now = await session.limits(None)
+        if up or down:
+            now = await session.limits(
+                Limits(
+                    up_bytes_per_second=rate(up) if up else now.up_bytes_per_second,
+                    down_bytes_per_second=rate(down) if down else now.down_bytes_per_second,
+                )
+            )
+    Output.of(common).answer(
+        now, f"up {_limit(now.up_bytes_per_second)}, down {_limit(now.down_bytes_per_second)}"
+    )
+
+
+def _limit(bytes_per_second: int) -> str:
+    return rated(bytes_per_second) if bytes_per_second else "unlimited"

@@ -1,0 +1,95 @@
+"""Registering, signing in and out, and passwords."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import sys
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from peer.reports import WhoReport
+from trimaran.output import Output
+from trimaran.settings import DEFAULTS, Common, remember_trackers, usage
+from trimaran.wiring import peer_session
+
+User = Annotated[str, Parameter(help="The user's name.")]
+PasswordStdin = Annotated[bool, Parameter(help="Read the password from the first line of stdin.")]
+
+
+async def register(
+    user: User,
+    /,
+    *,
+    password_stdin: PasswordStdin = False,
+    invitation: Annotated[str, Parameter(help="Where the cluster registers by invitation only.")] = "",
+    common: Common = DEFAULTS,
+) -> None:
+    """Make an account, and sign in with it on this peer.
+
+    The password is asked for, or taken from TRIMARAN_PASSWORD or --password-stdin; it is never an argument.
+    """
+    async with peer_session(common) as session:
+        password = _password(password_stdin, twice=True)
+        _welcome(common, await session.register(user, password, invitation), "Registered and signed in")
+
+
+async def login(user: User, /, *, password_stdin: PasswordStdin = False, common: Common = DEFAULTS) -> None:
+    """Sign in on this peer. What it shared before, it shares again."""
+    async with peer_session(common) as session:
+        password = _password(password_stdin)
+        _welcome(common, await session.login(user, password), "Signed in")
+
+
+async def logout(*, common: Common = DEFAULTS) -> None:
+    """Sign out: the session ends, and this peer stops sharing."""
+    async with peer_session(common) as session:
+        revision = await session.logout()
+    Output.of(common).answer({"revision": revision}, "Signed out.")
+
+
+async def whoami(*, common: Common = DEFAULTS) -> None:
+    """Tell who is signed in on this peer."""
+    async with peer_session(common) as session:
+        who = await session.whoami()
+    Output.of(common).answer(who, f"{who.user} (peer {who.peer_id})")
+
+
+async def passwd(*, password_stdin: PasswordStdin = False, common: Common = DEFAULTS) -> None:
+    """Change the password. All other sessions of the account end.
+
+    The present one is asked for, or taken from TRIMARAN_PASSWORD, the new one from TRIMARAN_NEW_PASSWORD; with
+    --password-stdin they are the first two lines.
+    """
+    async with peer_session(common) as session:
+        password = _password(password_stdin, prompt="Present password: ")
+        new = _password(password_stdin, variable="TRIMARAN_NEW_PASSWORD", prompt="New password: ", twice=True)
+        revision = await session.change_password(password, new)
+    Output.of(common).answer({"revision": revision}, "The password is changed.")
+
+
+def _welcome(common: Common, who: WhoReport, what: str) -> None:
+    out = Output.of(common)
+    if (written := remember_trackers(common)) is not None:
+        out.note(f"The trackers are remembered in {written}.")
+    out.answer(who, f"{what} as {who.user}; this is peer {who.peer_id}.")
+
+
+def _password(
+    from_stdin: bool, *, variable: str = "TRIMARAN_PASSWORD", prompt: str = "Password: ", twice: bool = False
+) -> str:
+    """From stdin, the environment, or a prompt, in that order. Raises `TrimaranError`."""
+    if from_stdin:
+        line = sys.stdin.readline()
+        if not line.rstrip("\r\n"):
+            usage("No password came on stdin.", "Pipe it in, followed by a line break.")
+        return line.rstrip("\r\n")
+    if (given := os.environ.get(variable)) is not None:
+        return given
+    if not sys.stdin.isatty():
+        usage("There is no terminal to ask for the password.", f"Set {variable}, or use --password-stdin.")
+    password = getpass.getpass(prompt)
+    if twice and getpass.getpass("The same again: ") != password:
+        usage("The two passwords differ.", "Try again.")
+    return password

@@ -1,0 +1,127 @@
+"""Which failure becomes which words and which exit code. The table is `docs/reference/exit-codes.md`.
+
+Owned here: turning what the trackers' client and the system raise into `TrimaranError`, and the last
+resort: a crash log in the home instead of a traceback. Left to others: printing (`output.py`).
+"""
+
+from __future__ import annotations
+
+import errno
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from peer.reports import Exit, TrimaranError
+
+if TYPE_CHECKING:
+    from cluster.api.errors import TrackerError
+
+_BY_CODE = {
+    "unauthenticated": Exit.DENIED,
+    "bad-credentials": Exit.DENIED,
+    "denied": Exit.DENIED,
+    "operators-only": Exit.DENIED,
+    "rate-limited": Exit.DENIED,
+    "not-found": Exit.NOT_FOUND,
+    "conflict": Exit.CONFLICT,
+    "over-limit": Exit.CONFLICT,
+    "request-mismatch": Exit.CONFLICT,
+    "request-too-old": Exit.CONFLICT,
+    "invalid": Exit.USAGE,
+    "too-large": Exit.USAGE,
+    "unsupported": Exit.USAGE,
+    "bad-tracker-url": Exit.USAGE,
+    "insecure-tracker": Exit.USAGE,
+    "no-trackers": Exit.USAGE,
+    "internal": Exit.UNEXPECTED,
+}
+
+
+def exit_of_code(code: str) -> Exit:
+    """The exit code of a problem's code; what is not listed is the cluster being unavailable."""
+    return _BY_CODE.get(code, Exit.CLUSTER_UNAVAILABLE)
+
+
+def of_tracker(error: TrackerError) -> TrimaranError:
+    return TrimaranError(
+        error.message,
+        exit_code=exit_of_code(error.code),
+        code=error.code,
+        outcome=error.outcome,
+        hint=error.hint or _hint(error.code),
+    )
+
+
+def of_system(error: OSError) -> TrimaranError | None:
+    """An error of the operating system that a person can act on; None for one that nobody expected."""
+    where = f" ({error.filename})" if error.filename else ""
+    match error.errno:
+        case errno.ENOSPC | errno.EDQUOT:
+            return TrimaranError(
+                f"There is no space left on the disk{where}.",
+                exit_code=Exit.NO_SPACE,
+                code="no-space",
+                hint="Make room, then run the same command again: what is complete is kept.",
+            )
+        case errno.ENOENT | errno.ENOTDIR:
+            return TrimaranError(
+                f"There is no such file or folder{where}.",
+                exit_code=Exit.NOT_FOUND,
+                code="no-such-path",
+                hint="Check the path.",
+            )
+        case errno.EACCES | errno.EPERM | errno.EROFS:
+            return TrimaranError(
+                f"The system does not allow that{where}: {error.strerror}.",
+                exit_code=Exit.DENIED,
+                code="no-permission",
+                hint="Check who owns the file or folder.",
+            )
+        case errno.EADDRINUSE | errno.EADDRNOTAVAIL:
+            return TrimaranError(
+                f"The address cannot be listened on: {error.strerror}.",
+                exit_code=Exit.CONFLICT,
+                code="address-in-use",
+                hint="Choose another port, or stop what uses this one.",
+            )
+        case errno.EMFILE | errno.ENFILE:
+            return TrimaranError(
+                "Too many files are open.",
+                exit_code=Exit.UNEXPECTED,
+                code="too-many-open-files",
+                hint="Raise the limit (ulimit -n 4096) and run the same command again.",
+            )
+        case _:
+            return None
+
+
+def crashed(home: Path, error: BaseException) -> TrimaranError:
+    """Nobody expected this: keep the traceback where it helps, and say so in two lines."""
+    import traceback
+
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%fZ")
+    path: Path | None = None
+    for folder in (home, Path("/tmp")):  # noqa: S108 - only where the home cannot be written
+        candidate = folder / f"crash-{stamp}.log"
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            candidate.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        except OSError:
+            continue
+        path = candidate
+        break
+    return TrimaranError(
+        f"Something unexpected happened ({type(error).__name__}).",
+        exit_code=Exit.UNEXPECTED,
+        code="unexpected",
+        outcome="indefinite",
+        hint=f"The details are in {path}; please report them." if path else "No crash log could be written.",
+    )
+
+
+def _hint(code: str) -> str:
+    if exit_of_code(code) is Exit.CLUSTER_UNAVAILABLE:
+        return "Look at the nodes with: trimaran cluster status"
+    if code == "unauthenticated":
+        return "Sign in: trimaran login USER"
+    return ""

@@ -1,0 +1,109 @@
+"""Opens what the commands work with: the home's peer and the trackers' client. Nothing here decides.
+
+Owned here: which of the two a command gets, with the home's sign-in, and their end. Imports of the engine
+stand inside the functions: `trimaran --help` must not pay for them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from peer.reports import Exit, TrimaranError
+
+from .settings import Common, peer_settings, usage
+
+if TYPE_CHECKING:
+    from cluster.api.client import TrackerClient
+    from peer.reports import PeerSession, PeerSettings
+
+REVISION_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class SignedIn:
+    """The trackers, asked as the home's user."""
+
+    trackers: TrackerClient
+    user: str
+
+
+class _Session(msgspec.Struct):
+    user: str
+    session: str
+
+
+@asynccontextmanager
+async def peer_session(common: Common, settings: PeerSettings | None = None) -> AsyncIterator[PeerSession]:
+    """The running `peer run` of this home when there is one, else an engine in this process."""
+    from peer.session import open_session
+
+    session = await open_session(settings or peer_settings(common))
+    try:
+        yield session
+    finally:
+        await session.close()
+
+
+@asynccontextmanager
+async def signed_in(common: Common) -> AsyncIterator[SignedIn]:
+    """Raises `TrimaranError` where nobody is signed in."""
+    settings = peer_settings(common)
+    try:
+        stored = msgspec.json.decode((settings.home / "session.json").read_bytes(), type=_Session)
+    except (OSError, msgspec.DecodeError):
+        raise TrimaranError(
+            "Nobody is signed in on this peer.",
+            exit_code=Exit.DENIED,
+            code="unauthenticated",
+            hint="Sign in: trimaran login USER (or make an account: trimaran register USER)",
+        ) from None
+    async with trackers(common) as client:
+        yield SignedIn(client.as_session(stored.session), stored.user)
+
+
+@asynccontextmanager
+async def trackers(common: Common, *, operator: str = "") -> AsyncIterator[TrackerClient]:
+    """The trackers' client, signed in as nobody, or as an operator with the certificate in `operator`."""
+    settings = peer_settings(common)
+    from cluster.api.client import TrackerClient
+
+    certificate = operator_certificate(operator) if operator else None
+    async with TrackerClient(
+        settings.trackers, ca=settings.ca, insecure=settings.insecure, client_certificate=certificate
+    ) as client:
+        yield client
+
+
+def operator_certificate(folder: str) -> tuple[Path, Path]:
+    """Certificate and key, from a node's data folder or from a folder that holds just these two."""
+    for place in (Path(folder).expanduser(), Path(folder).expanduser() / "operator"):
+        pair = place / "operator.pem", place / "operator.key"
+        if all(each.exists() for each in pair):
+            return pair
+    return usage(
+        f"There is no operator's certificate in {folder}.",
+        "It is in the data folder of the node that was made by `trimaran tracker init` or `tracker local`.",
+    )
+
+
+async def known_revision(common: Common) -> int | None:
+    """The cluster's revision, for answers to what happens on this peer alone; None while no tracker answers."""
+    from cluster.api.errors import TrackerError
+
+    with suppress(TrackerError, TimeoutError):
+        async with asyncio.timeout(REVISION_SECONDS), trackers(common) as client:
+            return (await client.status()).revision
+    return None
+
+
+async def until_cancelled(work: Awaitable[None]) -> None:
+    """Serve until Ctrl-C or SIGTERM, which is how serving ends: nothing was interrupted."""
+    with suppress(asyncio.CancelledError):
+        await work
