@@ -173,9 +173,11 @@ class PiecesLost(Struct, frozen=True, gc=False):
 
 
 class Budget(Struct, frozen=True, gc=False):
-    """How many pieces may be in memory for this download at once, asked for or being checked (at least 1)."""
+    """How many pieces may be in memory for this download at once, asked for or being checked (at least 1), and
+    the rate at which we read, if it is limited (a slow reader must not take its peers for stalled)."""
 
     pieces: int
+    bytes_per_second: float = 0.0
 
 
 class TrackersAway(Struct, frozen=True, gc=False):
