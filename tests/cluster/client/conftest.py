@@ -10,7 +10,6 @@ from small_trackers import Behaviour, MakeClient, SmallTracker, StartTracker
 from cluster.api.client import TrackerClient
 
 
-
 @pytest.fixture
 async def exits() -> AsyncIterator[AsyncExitStack]:
     async with AsyncExitStack() as stack:

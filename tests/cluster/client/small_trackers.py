@@ -82,9 +82,7 @@ def problem(
         "code": code,
         "retry_after_seconds": retry_after_seconds,
     }
-    return web.Response(
-        body=orjson.dumps(document), status=status, content_type="application/problem+json"
-    )
+    return web.Response(body=orjson.dumps(document), status=status, content_type="application/problem+json")
 
 
 async def done(request: web.Request, body: bytes) -> web.StreamResponse:
