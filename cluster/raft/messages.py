@@ -24,7 +24,9 @@ class AppendEntries(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=
     previous_term: int
     entries: list[Entry]
     sent_at: float
-    quorum_age_seconds: float  # how long ago the leader knew a majority in touch; negative: never in this term
+    quorum_age_seconds: (
+        float  # how long ago the leader knew a majority in touch; negative: never in this term
+    )
 
 
 class Ack(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=2):
@@ -37,6 +39,7 @@ class Ack(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=2):
     reset: bool
     sent_at: float
     disk_full: bool = False
+    applied_index: int = 0
 
 
 class RequestVote(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=3):
