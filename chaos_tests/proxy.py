@@ -76,11 +76,13 @@ class Link:
         self._open: set[tuple[asyncio.StreamWriter, asyncio.StreamWriter]] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self.refusing = False
+        self.port = 0
 
     async def start(self, port: int = 0) -> int:
         """Listen on loopback; returns the port."""
         self._server = await asyncio.start_server(self._accepted, "127.0.0.1", port, limit=CHUNK_BYTES)
-        return int(self._server.sockets[0].getsockname()[1])
+        self.port = int(self._server.sockets[0].getsockname()[1])
+        return self.port
 
     async def stop(self) -> None:
         if self._server:

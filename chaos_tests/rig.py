@@ -1,0 +1,482 @@
+"""The rig: a cluster of real tracker processes, every link through a proxy, and a hand on each of them.
+
+Owned here: starting, killing, pausing and damaging trackers, and their links. What a fault is stands in
+`faults.py`, what users do in `workload.py`, what peers do in `swarm.py`. No root needed; small file systems
+(for full disks) and the clock shim are used where they can be had, and their absence is said.
+
+A node dials others through `chaos_tests/node_entry.py`, which alone knows that there are proxies: the
+product has no such setting.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+
+from chaos_tests import wall_clock
+from chaos_tests.client import Api
+from chaos_tests.history import Recorder, Sample
+from chaos_tests.proxy import Direction, Link
+from chaos_tests.ways import Way
+
+START_SECONDS = 20.0
+CLI = [sys.executable, "-m", "trimaran.cli.main"]
+SMALL_DISK_BYTES = 96 << 20
+
+
+class Node:
+    """One tracker: its folder, its ports, its process."""
+
+    def __init__(self, node_id: str, folder: Path, http: int, raft: int) -> None:
+        self.node_id, self.folder, self.http, self.raft = node_id, folder, http, raft
+        self.process: asyncio.subprocess.Process | None = None
+        self.log = folder.with_suffix(".log")
+        self.paused = False
+
+    @property
+    def alive(self) -> bool:
+        return self.process is not None and self.process.returncode is None
+
+
+class Rig:
+    def __init__(
+        self, folder: Path, recorder: Recorder, nodes: int, seed: int, *, corrections_off: str = ""
+    ) -> None:
+        self.folder, self.recorder, self.seed = folder, recorder, seed
+        self.node_ids = [f"n{i + 1}" for i in range(nodes)]
+        self.nodes: dict[str, Node] = {}
+        self.clocks: dict[str, wall_clock.WallClock] = {}
+        self.small_disks = False
+        self.missing: list[str] = []  # what cannot be had here, said in the report
+        self._corrections_off = corrections_off
+        self._raft_links: dict[tuple[str, str], Link] = {}
+        self._user_links: dict[str, Link] = {}
+        self._user_ports: dict[str, int] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._generation = 0
+        self._mounts: list[Path] = []
+
+    # --- start and stop ---------------------------------------------------------------------------
+
+    async def set_up(self) -> None:
+        """Make the cluster: CA, folders, membership, proxies; start all nodes and wait until they serve."""
+        self._prepare_shim()
+        ports = _free_ports(2 * len(self.node_ids))
+        for i, node_id in enumerate(self.node_ids):
+            folder = self.folder / node_id
+            self._mount_small(folder)
+            self.nodes[node_id] = Node(node_id, folder, ports[2 * i], ports[2 * i + 1])
+        for a in self.node_ids:
+            self._user_links[a] = Link(f"users>{a}", ("127.0.0.1", self.nodes[a].http), self.seed)
+            self._user_ports[a] = await self._user_links[a].start()
+            for b in self.node_ids:
+                if a != b:
+                    link = Link(f"{a}>{b}", ("127.0.0.1", self.nodes[b].raft), self.seed)
+                    await link.start()
+                    self._raft_links[a, b] = link
+        first, *others = self.node_ids
+        await self._cli("tracker", "init", "--node-id", first, *self._places(first))
+        await self.start(first)
+        for node_id in others:
+            await self._join(first, node_id)
+            await self.start(node_id)
+        await self._until(self._all_voting, START_SECONDS, "all nodes count")
+        self._watch_roles()
+
+    async def _join(self, through: str, node_id: str) -> None:
+        node = self.nodes[node_id]
+        invite = self.folder / f"{node_id}.invite"
+        told = await self._cli(
+            "tracker",
+            "invite",
+            node_id,
+            "--raft",
+            f"127.0.0.1:{node.raft}",
+            "--data-dir",
+            str(self.nodes[through].folder),
+        )
+        invite.write_text(told)
+        await self._cli("tracker", "init", "--join", str(invite), *self._places(node_id))
+
+    def _places(self, node_id: str) -> list[str]:
+        node = self.nodes[node_id]
+        return [
+            "--http",
+            f"127.0.0.1:{node.http}",
+            "--raft",
+            f"127.0.0.1:{node.raft}",
+            "--data-dir",
+            str(node.folder),
+        ]
+
+    def _prepare_shim(self) -> None:
+        try:
+            shim = wall_clock.build(self.folder)
+        except wall_clock.Unavailable as reason:
+            self.missing.append(str(reason))
+            return
+        for node_id in self.node_ids:
+            self.clocks[node_id] = wall_clock.WallClock(shim, self.folder / f"{node_id}.clock")
+
+    def _mount_small(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        if os.geteuid() != 0:
+            self.missing.append("full disks: a small file system needs root")
+            return
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK_BYTES}", "tmpfs", str(folder)],
+            capture_output=True,
+            check=False,
+        )
+        if done.returncode:
+            self.missing.append(f"full disks: {done.stderr.decode().strip()}")
+            return
+        self._mounts.append(folder)
+        self.small_disks = True
+
+    async def tear_down(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for node in self.nodes.values():
+            await self.kill(node.node_id)
+        for link in [*self._raft_links.values(), *self._user_links.values()]:
+            await link.stop()
+        for clock in self.clocks.values():
+            clock.close()
+
+    def unmount(self, keep: Path | None) -> None:
+        """Release small file systems, after copying what lies on them to `keep` (when a check failed)."""
+        for folder in self._mounts:
+            if keep is not None:
+                shutil.copytree(folder, keep / folder.name, dirs_exist_ok=True)
+            subprocess.run(["umount", "-l", str(folder)], capture_output=True, check=False)
+
+    # --- nodes ------------------------------------------------------------------------------------
+
+    async def start(self, node_id: str, environment: Mapping[str, str] | None = None) -> None:
+        """Start a node; returns when it answers, or has ended (as with a kill point)."""
+        node = self.nodes[node_id]
+        if node.alive:
+            return
+        dial = {b: self._raft_links[node_id, b] for b in self.node_ids if b != node_id}
+        variables = {
+            **os.environ,
+            "TRIMARAN_RIG_DIAL": ",".join(f"{b}=127.0.0.1:{link.port}" for b, link in dial.items()),
+            "TRIMARAN_RIG_CORRECTIONS_OFF": self._corrections_off,
+            **(self.clocks[node_id].environment if node_id in self.clocks else {}),
+            **(environment or {}),
+        }
+        with node.log.open("ab") as log:
+            node.process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "chaos_tests.node_entry", "--data-dir", str(node.folder),
+                stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, env=variables, cwd=Path(__file__).parents[1],
+            )  # fmt: skip
+        await self._until(lambda: self._answers(node), START_SECONDS, f"{node_id} answers", quietly=True)
+
+    async def _answers(self, node: Node) -> bool:
+        if not node.alive:
+            return True
+        try:
+            _, writer = await asyncio.wait_for(asyncio.open_connection("127.0.0.1", node.http), 1)
+        except (OSError, TimeoutError):
+            return False
+        writer.close()
+        return True
+
+    async def kill(self, node_id: str) -> bool:
+        """kill -9; True when it was alive and has ended."""
+        node = self.nodes[node_id]
+        if not node.alive or node.process is None:
+            return False
+        if node.paused:
+            self.go_on(node_id)
+        node.process.kill()
+        await node.process.wait()
+        return True
+
+    def pause(self, node_id: str) -> bool:
+        node = self.nodes[node_id]
+        if not node.alive or node.process is None:
+            return False
+        node.process.send_signal(signal.SIGSTOP)
+        node.paused = True
+        deadline = time.monotonic() + 2
+        while time.monotonic() < deadline:
+            state = Path(f"/proc/{node.process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+            if state == "T":
+                return True
+        return False
+
+    def go_on(self, node_id: str) -> None:
+        node = self.nodes[node_id]
+        if node.paused and node.process is not None:
+            node.paused = False
+            with contextlib.suppress(ProcessLookupError):
+                node.process.send_signal(signal.SIGCONT)
+
+    async def dies_within(self, node_id: str, seconds: float) -> bool:
+        node = self.nodes[node_id]
+        if node.process is None:
+            return False
+        try:
+            await asyncio.wait_for(node.process.wait(), seconds)
+        except TimeoutError:
+            return False
+        return node.process.returncode == 137
+
+    async def refuses_to_start(self, node_id: str) -> bool:
+        await self.start(node_id)
+        node = self.nodes[node_id]
+        return not node.alive and node.process is not None and node.process.returncode not in (0, 137, -9)
+
+    async def replace(self, node_id: str) -> None:
+        """What an operator does with a node whose folder is gone or damaged: remove it, empty the folder,
+        invite it as a new one."""
+        node = self.nodes[node_id]
+        await self.kill(node_id)
+        self._generation += 1
+        helper = next(other for other in self.node_ids if other != node_id and self.nodes[other].alive)
+        for entry in node.folder.iterdir():
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        urls = ",".join(f"https://127.0.0.1:{n.http}" for n in self.nodes.values() if n.node_id != node_id)
+        await self._cli_retried(
+            "cluster",
+            "remove",
+            node_id,
+            "--trackers",
+            urls,
+            "--ca",
+            str(self.ca),
+            "--operator",
+            str(self.nodes[helper].folder),
+        )
+        await self._join(helper, node_id)
+        await self.start(node_id)
+
+    # --- disks ------------------------------------------------------------------------------------
+
+    def fill_disk(self, node_id: str) -> None:
+        filler = self.nodes[node_id].folder / "filler"
+        with filler.open("ab") as file:
+            with contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(1 << 20))
+                    file.flush()
+            with contextlib.suppress(OSError):
+                while True:
+                    os.write(file.fileno(), bytes(512))
+
+    def free_disk(self, node_id: str) -> None:
+        (self.nodes[node_id].folder / "filler").unlink(missing_ok=True)
+
+    async def says_disk_full(self, node_id: str) -> bool:
+        api = self.api("rig")
+        try:
+            reply = await api.call(node_id, "GET", "/readyz", seconds=1)
+            return "disk" in json.dumps(reply.body) or "disk" in reply.code
+        finally:
+            await api.close()
+
+    def _segments(self, node_id: str) -> list[Path]:
+        return sorted(self.nodes[node_id].folder.rglob("journal-*"), key=lambda path: path.name)
+
+    def tear_journal(self, node_id: str, chance: random.Random) -> bool:
+        segments = self._segments(node_id)
+        if not segments:
+            return False
+        with segments[-1].open("ab") as file:
+            file.write(chance.randbytes(chance.randint(1, 200)))
+        return True
+
+    def flip_bit(self, node_id: str, chance: random.Random) -> bool:
+        """Damage well before the end, so that it cannot be taken for a torn tail."""
+        for segment in self._segments(node_id):
+            size = segment.stat().st_size
+            if size > 8192:
+                place = chance.randrange(4096, size // 2 + 1024)
+                with segment.open("r+b") as file:
+                    file.seek(place)
+                    byte = file.read(1)[0]
+                    file.seek(place)
+                    file.write(bytes([byte ^ (1 << chance.randrange(8))]))
+                return True
+        return False
+
+    # --- links ------------------------------------------------------------------------------------
+
+    def way(self, a: str, b: str) -> Way:
+        directions: list[Direction] = [self._raft_links[a, b].forward, self._raft_links[b, a].backward]
+        return Way(directions)
+
+    def user_link(self, node_id: str) -> Link:
+        return self._user_links[node_id]
+
+    def reset_links(self) -> int:
+        return sum(link.reset() for link in self._raft_links.values())
+
+    def heal(self) -> None:
+        for link in [*self._raft_links.values(), *self._user_links.values()]:
+            link.heal()
+        for node_id in self.node_ids:
+            self.go_on(node_id)
+        for clock in self.clocks.values():
+            clock.step(0)
+
+    async def hold_connections(self, node_id: str, count: int) -> list[asyncio.StreamWriter]:
+        held = []
+        for port in (self.nodes[node_id].http, self.nodes[node_id].raft):
+            for _ in range(count // 2):
+                try:
+                    _, writer = await asyncio.wait_for(asyncio.open_connection("127.0.0.1", port), 0.5)
+                except (OSError, TimeoutError):
+                    break
+                held.append(writer)
+        return held
+
+    # --- what nodes say ---------------------------------------------------------------------------
+
+    @property
+    def ca(self) -> Path:
+        return self.nodes[self.node_ids[0]].folder / "ca.pem"
+
+    @property
+    def urls(self) -> dict[str, str]:
+        """Each node by its user link."""
+        return {node_id: f"https://127.0.0.1:{port}" for node_id, port in self._user_ports.items()}
+
+    def api(self, user: str) -> Api:
+        del user
+        context = ssl.create_default_context(cafile=str(self.folder / "ca.pem"))
+        return Api(self.urls, context)
+
+    async def leader(self) -> str | None:
+        """Who leads, by the latest term any living node tells of in the next moments."""
+        until = time.monotonic() + 3
+        while time.monotonic() < until:
+            begin = self.recorder.now_ns() - 500_000_000
+            leads = [s for s in self.recorder.history.samples if s.role == "leader" and s.at_ns >= begin]
+            if leads:
+                return max(leads, key=lambda sample: sample.term).node
+            await asyncio.sleep(0.05)
+        return None
+
+    def _watch_roles(self) -> None:
+        for node_id in self.node_ids:
+            self._tasks.add(asyncio.create_task(self._watch_role(node_id)))
+            self._tasks.add(asyncio.create_task(self._follow_log(node_id)))
+
+    async def _watch_role(self, node_id: str) -> None:
+        """Ask a node its role ten times a second, directly: not through a link that a fault may hold."""
+        api = self.api("rig")
+        api.urls = {node_id: f"https://127.0.0.1:{self.nodes[node_id].http}"}
+        try:
+            while True:
+                reply = await api.call(node_id, "GET", "/v1/status", seconds=1)
+                if reply.end == "ok":
+                    mine = next((n for n in reply.body["nodes"] if n["id"] == node_id), None)
+                    self.recorder.add(
+                        Sample(
+                            at_ns=self.recorder.now_ns(), node=node_id, role=mine["role"] if mine else "removed",
+                            term=reply.body["term"], revision=reply.body["revision"], leader=reply.body["leader"],
+                        )
+                    )  # fmt: skip
+                await asyncio.sleep(0.1)
+        finally:
+            await api.close()
+
+    async def _follow_log(self, node_id: str) -> None:
+        """Digests and elections, as `node_entry` writes them into the node's log."""
+        place = 0
+        path = self.nodes[node_id].log
+        while True:
+            await asyncio.sleep(0.2)
+            if not path.exists():
+                continue
+            with path.open("rb") as file:
+                file.seek(place)
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        break
+                    place += len(line)
+                    if line.startswith(b"RIG "):
+                        told = json.loads(line[4:])
+                        self.recorder.add(Sample(at_ns=self.recorder.now_ns(), node=node_id, **told))
+
+    async def _all_voting(self) -> bool:
+        api = self.api("rig")
+        try:
+            reply = await api.call(self.node_ids[0], "GET", "/v1/status", seconds=1)
+            if reply.end != "ok" or not reply.body["quorum"]:
+                return False
+            roles = {n["id"]: n["role"] for n in reply.body["nodes"]}
+            return set(roles) == set(self.node_ids) and set(roles.values()) <= {"leader", "follower"}
+        finally:
+            await api.close()
+
+    # --- small things -----------------------------------------------------------------------------
+
+    async def _until(
+        self, true: Callable[[], Awaitable[bool]], seconds: float, what: str, *, quietly: bool = False
+    ) -> None:
+        until = time.monotonic() + seconds
+        while True:
+            if await true():
+                return
+            if time.monotonic() > until:
+                if quietly:
+                    return
+                raise TimeoutError(f"{what}: not within {seconds:.0f} s")
+            await asyncio.sleep(0.03)
+
+    async def _cli(self, *words: str) -> str:
+        process = await asyncio.create_subprocess_exec(
+            *CLI,
+            *words,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            cwd=Path(__file__).parents[1],
+        )
+        out, err = await asyncio.wait_for(process.communicate(), 60)
+        if process.returncode:
+            raise RuntimeError(
+                f"trimaran {' '.join(words)}: exit {process.returncode}: {err.decode().strip()}"
+            )
+        source = self.nodes[self.node_ids[0]].folder / "ca.pem"
+        if source.exists():
+            shutil.copy(source, self.folder / "ca.pem")
+        return out.decode()
+
+    async def _cli_retried(self, *words: str) -> str:
+        for attempt in range(10):
+            try:
+                return await self._cli(*words)
+            except RuntimeError:
+                if attempt == 9:
+                    raise
+                await asyncio.sleep(1)
+        raise AssertionError
+
+
+def _free_ports(count: int) -> list[int]:
+    """Below the ephemeral range, so that no outgoing connection takes them between runs of a node."""
+    found: list[int] = []
+    candidate = 21_000 + os.getpid() % 9_000
+    while len(found) < count:
+        candidate = candidate + 1 if candidate < 32_000 else 21_000
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", candidate))
+            found.append(candidate)
+    return found

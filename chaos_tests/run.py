@@ -1,0 +1,249 @@
+"""Run the whole system under faults, check its history, and write the report.
+
+    python -m chaos_tests.run smoke|nightly|long [--seed N] [--seconds N] [--nodes N] [--out DIR]
+    python -m chaos_tests.run kill-a-node [--seed N] [--kills N]
+
+Exit 0 when every check held, 1 when one was violated or could not tell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from chaos_tests import faults, report, workload
+from chaos_tests.checkers import cluster, linearizability, product, revisions, watches
+from chaos_tests.checkers.verdict import Verdict
+from chaos_tests.history import History, Recorder
+from chaos_tests.rig import Rig
+from chaos_tests.swarm import Swarm
+from chaos_tests.workload import World
+
+MODELS: dict[str, tuple[linearizability.State, linearizability.Step]] = {
+    "file": (linearizability.ABSENT, linearizability.file_model),
+    "membership": ("none", linearizability.membership_model),
+}
+LEASE_SECONDS = 30.0
+LEASE_SLACK_SECONDS = 25.0  # the renewal interval, the leader's own timing from its election, and a pause
+
+
+@dataclass(frozen=True)
+class Profile:
+    seconds: float
+    nodes: int
+    groups: int
+    users_per_group: int  # at most five play on one key
+    peers: int
+    files: int
+    file_bytes: int
+    upload_rate: str
+    kinds: tuple[str, ...]
+    operations_per_second_min: float
+    linearizability_seconds: float
+
+
+SMOKE = Profile(75, 3, 3, 4, 4, 1, 24 << 20, "1M", faults.SMOKE, 5, 30)
+NIGHTLY = Profile(1800, 3, 6, 5, 6, 2, 128 << 20, "2M", tuple(faults.KINDS), 5, 300)
+
+
+async def run(
+    profile: Profile, seed: int, out: Path, corrections_off: str = ""
+) -> tuple[History, list[Verdict]]:
+    """One run: set up, faults, heal, settle, check."""
+    out.mkdir(parents=True, exist_ok=True)
+    recorder = Recorder(out / "history.jsonl", seed)
+    rig = Rig(
+        Path(tempfile.mkdtemp(prefix="trimaran-chaos-")),
+        recorder,
+        profile.nodes,
+        seed,
+        corrections_off=corrections_off,
+    )
+    swarm: Swarm | None = None
+    world: World | None = None
+    tasks: list[asyncio.Task[object]] = []
+    stop_reading = asyncio.Event()
+    try:
+        await rig.set_up()
+        world = World(recorder, rig.api, rig.node_ids, seed)
+        await world.set_up(profile.groups, profile.users_per_group)
+        if profile.peers:
+            swarm = Swarm(
+                rig.folder / "peers", recorder, rig.urls, rig.folder / "ca.pem", seed, profile.upload_rate
+            )
+            await swarm.set_up(profile.peers, profile.files, profile.file_bytes)
+            api = rig.api("reader")
+            await api.login(rig.node_ids[0], "swarm-0", workload.PASSWORD)
+            tasks.append(asyncio.create_task(swarm.observe(api, rig.node_ids, stop_reading)))
+        for number, group in enumerate(world.groups):
+            for k, user in enumerate(world.cast[group]):
+                tasks.append(
+                    asyncio.create_task(world.run_client(group, user, seed * 1000 + number * 10 + k, 0.15))
+                )
+            for watcher in range(2):
+                tasks.append(asyncio.create_task(world.watch(group, watcher)))
+        print(f"set up in {recorder.now_ns() / 1e9:.1f} s; faults for {profile.seconds:.0f} s", flush=True)
+        downloads = await _under_faults(profile, seed, rig, swarm, recorder)
+        rig.heal()
+        for node in rig.node_ids:
+            await rig.start(node)
+        recorder.history.healed_ns = recorder.now_ns()
+        await _settle(rig, recorder, downloads)
+    finally:
+        stop_reading.set()
+        if world:
+            world.stopping.set()
+        await asyncio.sleep(0.5)
+        for task in tasks:
+            task.cancel()
+        broken = [e for e in await asyncio.gather(*tasks, return_exceptions=True) if isinstance(e, Exception)]
+        if swarm:
+            await swarm.tear_down()
+        if world:
+            await world.close()
+        await rig.tear_down()
+        history = recorder.close()
+    if broken:
+        raise broken[0]
+    verdicts = check(history, profile, set(rig.node_ids), rig.missing)
+    failed = any(verdict.result != "held" for verdict in verdicts)
+    if failed:
+        for log in rig.folder.glob("*.log"):
+            shutil.copy(log, out / log.name)
+        for log in (rig.folder / "peers").glob("*.log"):
+            shutil.copy(log, out / log.name)
+    rig.unmount(out / "data" if failed else None)
+    shutil.rmtree(rig.folder, ignore_errors=True)
+    return history, verdicts
+
+
+async def _under_faults(
+    profile: Profile, seed: int, rig: Rig, swarm: Swarm | None, recorder: Recorder
+) -> list[asyncio.Task[object]]:
+    """Inject faults one after another until the time is up; returns the downloads still under way."""
+    chance = random.Random(seed)
+    until = recorder.now_ns() + int(profile.seconds * 1e9)
+    downloads: list[asyncio.Task[object]] = []
+    hurting: asyncio.Task[None] | None = None
+    if swarm:
+        hurting = asyncio.create_task(swarm.hurt(until))
+        for number, peer in enumerate(list(swarm.peers.values())[profile.files + 1 :]):
+            name = list(swarm.files)[number % profile.files]
+            downloads.append(asyncio.create_task(swarm.download(peer, name, profile.seconds + 120)))
+    usable = [name for name in profile.kinds if faults.KINDS[name].needs(rig) is None]
+    for pause, name in faults.schedule(usable, seed, profile.seconds, each_once=True):
+        if recorder.now_ns() > until:
+            break
+        await asyncio.sleep(pause)
+        print(f"{recorder.now_ns() / 1e9:7.1f} s  {name}", flush=True)
+        fault = await faults.run(rig, faults.KINDS[name], chance)
+        print(
+            f"           {fault.target} {fault.detail}{'' if fault.bit else '  (did not bite)'}", flush=True
+        )
+    if hurting:
+        hurting.cancel()
+        await asyncio.gather(hurting, return_exceptions=True)
+    return downloads
+
+
+async def _settle(rig: Rig, recorder: Recorder, downloads: list[asyncio.Task[object]]) -> None:
+    """Wait for what must come after the faults: agreement (checked from the samples), and the downloads."""
+    nodes = set(rig.node_ids)
+    until = time.monotonic() + 20
+    while time.monotonic() < until:
+        if cluster.check_liveness(recorder.history, nodes).result == "held":
+            break
+        await asyncio.sleep(0.2)
+    if downloads:
+        await asyncio.wait(downloads, timeout=240)
+
+
+def check(history: History, profile: Profile, nodes: set[str], missing: list[str]) -> list[Verdict]:
+    """Every checker over the history."""
+    log, verdicts = revisions.log_of(history)
+    operations = history.operations
+    verdicts += [
+        revisions.check_order(operations),
+        revisions.check_request_ids(operations),
+        revisions.check_acknowledged(operations, log, workload.trace),
+        cluster.check_leaders(history.samples),
+        cluster.check_digests(history.samples),
+        cluster.check_liveness(history, nodes),
+        product.check_removals(operations),
+        product.check_leases(history.presences, history.lives, LEASE_SECONDS + LEASE_SLACK_SECONDS, 5.0),
+        product.check_transfers(history.transfers),
+        product.check_deadlines(operations),
+    ]
+    verdicts += watches.check(history.watched, log)
+    verdicts += linearizability.check_keys(
+        [o for o in operations if o.name != "access"], MODELS, profile.linearizability_seconds
+    )
+    done = {fault.kind for fault in history.faults}
+    verdicts.append(product.check_honesty(history, profile.operations_per_second_min, done))
+    if missing:
+        print("not to be had here: " + "; ".join(sorted(set(missing))), file=sys.stderr)
+    return verdicts
+
+
+def figures(history: History, verdicts: list[Verdict]) -> dict[str, str]:
+    ends = Counter(operation.end for operation in history.operations)
+    kinds = Counter(fault.kind for fault in history.faults if fault.bit)
+    whole = [transfer for transfer in history.transfers if transfer.got_sha256]
+    return {
+        "seed": str(history.seed),
+        "seconds": f"{history.end_ns / 1e9:.0f}",
+        "operations": f"{len(history.operations):,} ({', '.join(f'{n:,} {end}' for end, n in sorted(ends.items()))})",
+        "watch messages": f"{len(history.watched):,}",
+        "faults that bit": ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items())) or "none",
+        "downloads": f"{len(whole)} of {len(history.transfers)}, {sum(t.size_bytes for t in whole):,} bytes",
+        "violations": str(sum(verdict.result == "violated" for verdict in verdicts)),
+        "could not tell": str(sum(verdict.result == "unknown" for verdict in verdicts)),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m chaos_tests.run", description=__doc__.splitlines()[0])
+    parser.add_argument("profile", choices=["smoke", "nightly", "long"])
+    parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument("--seconds", type=float)
+    parser.add_argument("--nodes", type=int)
+    parser.add_argument("--out", type=Path, default=Path("chaos-report"))
+    parser.add_argument("--corrections-off", default="", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    seed = options.seed if options.seed is not None else int(time.time())
+    profile = SMOKE if options.profile == "smoke" else NIGHTLY
+    changes = {"seconds": options.seconds, "nodes": options.nodes}
+    profile = Profile(**{**profile.__dict__, **{name: value for name, value in changes.items() if value}})
+    out = options.out / f"{options.profile}-{seed}"
+    replay = f"python -m chaos_tests.run {options.profile} --seed {seed} --seconds {profile.seconds:.0f} --nodes {profile.nodes}"
+    history, verdicts = asyncio.run(run(profile, seed, out, options.corrections_off))
+    told = figures(history, verdicts)
+    report.write(
+        out / "report.html",
+        history,
+        verdicts,
+        title=f"Trimaran under faults: {options.profile}, seed {seed}",
+        replay=replay,
+        figures=told,
+    )
+    for name, value in told.items():
+        print(f"{name:>16}: {value}")
+    bad = [verdict for verdict in verdicts if verdict.result != "held"]
+    for verdict in bad:
+        print(f"{verdict.result.upper()}: {verdict.name}: {verdict.message}", file=sys.stderr)
+    print(f"report: {out / 'report.html'}")
+    if bad:
+        print(f"again:  {replay}", file=sys.stderr)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
