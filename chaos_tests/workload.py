@@ -46,7 +46,7 @@ class World:
         self.random = random.Random(seed)
         self.apis: dict[str, Api] = {}
         self.groups: list[str] = []
-        self.cast: dict[str, list[str]] = {}  # group -> users; the first is its owner
+        self.cast: dict[str, list[str]] = {}  # group -> users; the first is its owner, the second an admin
         self.stopping = asyncio.Event()
 
     async def set_up(self, groups: int, users_per_group: int) -> None:
@@ -62,9 +62,15 @@ class World:
         observer = "observer"
         await self._sign_up(observer)
         for group in self.groups:
-            await self._must(observer, "POST", f"/v1/groups/{group}/join-requests", None)
-            owner = self.cast[group][0]
-            await self._must(owner, "PUT", f"/v1/groups/{group}/members/{observer}", {"change": "accept"})
+            admin = self.cast[group][1]
+            for user in (observer, admin):
+                await self._must(user, "POST", f"/v1/groups/{group}/join-requests", None)
+                await self._change(group, user, "accept")
+            await self._change(group, admin, "promote")
+
+    async def _change(self, group: str, user: str, change: str) -> None:
+        owner = self.cast[group][0]
+        await self._must(owner, "PUT", f"/v1/groups/{group}/members/{user}", {"change": change})
 
     async def _sign_up(self, user: str) -> None:
         api = self.make_api(user)
@@ -100,18 +106,17 @@ class World:
     # --- clients ---------------------------------------------------------------------------------
 
     async def run_client(self, group: str, user: str, seed: int, pause_seconds: float) -> None:
-        """Play until `stopping`. The owner accepts, kicks and reads; everyone else asks, leaves, tries."""
+        """Play until `stopping`. Owner and admin accept, kick, share and read; everyone else asks, leaves, tries."""
         chance = random.Random(seed)
-        owner = self.cast[group][0]
-        others = self.cast[group][1:]
+        others = self.cast[group][2:]
         while not self.stopping.is_set():
-            if user == owner:
-                await self._owner_step(group, user, others, chance)
+            if user not in others:
+                await self._staff_step(group, user, others, chance)
             else:
                 await self._member_step(group, user, chance)
             await asyncio.sleep(pause_seconds * chance.random() * 2)
 
-    async def _owner_step(self, group: str, user: str, others: list[str], chance: random.Random) -> None:
+    async def _staff_step(self, group: str, user: str, others: list[str], chance: random.Random) -> None:
         kind = chance.random()
         other = chance.choice(others)
         membership = f"membership:{group}:{other}"
