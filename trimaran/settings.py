@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from peer.reports import PeerSettings
 
 PREFIX = "TRIMARAN_"
+TRUE = frozenset({"1", "true", "yes", "on", "y", "t"})
 COMMON = Group("Common options", sort_key=90)
 
 # Every key that the file may hold: the options of all commands. A test compares it with the commands.
@@ -106,6 +107,22 @@ class Common:
 
 
 DEFAULTS = Common()
+
+
+def common_of_environment() -> Common:
+    """The common options as they stand in the environment and the file, for who has no flags: the menu."""
+    table = read_file(os.environ.get(twin("config"), ""), os.environ.get(twin("home"), ""))
+
+    def said(key: str) -> str:
+        return os.environ.get(twin(key), _as_text(table.get(key, "")))
+
+    return Common(
+        home=said("home"),
+        trackers=said("trackers"),
+        ca=said("ca"),
+        insecure=said("insecure").lower() in TRUE,
+        config=os.environ.get(twin("config"), ""),
+    )
 
 
 def home_folder(home: str) -> Path:

@@ -117,7 +117,7 @@ def build(verb: str = "") -> App:
         name="trimaran",
         help=_ABOUT,
         version=f"trimaran {__version__}",
-        help_format="markdown",
+        help_format="plaintext",
         default_parameter=Parameter(show_default=False, negative=""),
         config=from_environment_and_file,
         help_formatter=TwoColumns(),

@@ -6,7 +6,6 @@ that nobody expected. Left to others: what the verbs do (one module per noun).
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import os
 import signal
@@ -26,7 +25,6 @@ Dispatch = Callable[[Sequence[str]], int]
 NOUNS = frozenset({"group", "peer", "tracker", "cluster"})
 _WITH_VALUE = frozenset({"--home", "--trackers", "--ca", "--config"})
 _ALONE = frozenset({"--insecure", "--json", "--quiet", "-q"})
-_TRUE = frozenset({"1", "true", "yes", "on", "y", "t"})
 
 
 def main() -> NoReturn:
@@ -36,9 +34,10 @@ def main() -> NoReturn:
 def dispatch(argv: Sequence[str]) -> int:
     """Run one command line. Answers its exit code; never raises, never prints a traceback."""
     from trimaran.output import Output
+    from trimaran.settings import TRUE
 
     spoken = Output(
-        json="--json" in argv or os.environ.get("TRIMARAN_JSON", "").lower() in _TRUE,
+        json="--json" in argv or os.environ.get("TRIMARAN_JSON", "").lower() in TRUE,
         quiet="--quiet" in argv or "-q" in argv,
     )
     try:
@@ -91,6 +90,7 @@ def hoisted(argv: Sequence[str]) -> list[str]:
 
 def run_async(work: Awaitable[Any]) -> Any:
     """Run to the end. Ctrl-C and SIGTERM cancel the work, which ends itself tidily."""
+    import asyncio
 
     async def until_done() -> Any:
         task = asyncio.current_task()
@@ -122,6 +122,8 @@ def _ended_by(error: BaseException, argv: Sequence[str], spoken: Output) -> int:
 
 def _told(error: BaseException, argv: Sequence[str]) -> TrimaranError:
     """The error as a person should hear of it."""
+    import asyncio
+
     from cyclopts import CycloptsError
 
     from cluster.api.errors import TrackerError

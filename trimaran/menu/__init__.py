@@ -1,0 +1,1 @@
+"""The menu: prompts over the same commands, for someone who read nothing."""
