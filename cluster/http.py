@@ -1,0 +1,320 @@
+"""The way of a request: from bytes to a handler, and from its answer or refusal to bytes.
+
+Owned here: routing by the route table, bounds on what is read, the order of checks (session, then the
+handler's own membership and existence), the envelope on every answer, and that nothing unexpected ever
+reaches a user as anything but a problem document. Left to others: what a route does (`handlers/`).
+
+One function does all of it, without aiohttp's router or middlewares: at thousands of requests a second
+on a shared core each layer is felt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
+
+import msgspec
+import orjson
+import structlog
+from aiohttp import web
+from aiohttp.web_exceptions import HTTPException
+
+from cluster.api import problems as kinds
+from cluster.api.routes import ROUTES, Access, Route
+from cluster.api.types import Answer
+from cluster.call import Call, Handler, check_request_id
+from cluster.problems import ProblemError
+from state_machine import limits
+
+if TYPE_CHECKING:
+    from cluster.service import Service
+
+log = structlog.get_logger("cluster.http")
+
+JSON = "application/json"
+PROBLEM_JSON = "application/problem+json"
+_HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Content-Type": JSON}
+# These end the caller's session, so their repetition comes with an ended one; their handlers check.
+_ENDING_SESSIONS = frozenset({"logout", "change_password"})
+_EMPTY_BODY_BYTES_MAX = 64
+_FIELD = re.compile(r"`\$\.?([^`]*)`$")
+_NAMED = re.compile(r"field `([^`]+)`")
+
+
+@dataclass(slots=True)
+class _Place:
+    """A segment of a path in the table: what may follow it, and what can be done with it."""
+
+    fixed: dict[str, _Place] = field(default_factory=dict)
+    parameter: _Place | None = None
+    parameter_name: str = ""
+    methods: dict[str, tuple[Route, Handler]] = field(default_factory=dict)
+
+
+def build_table(handlers: dict[str, Handler]) -> _Place:
+    """Routes to handlers, by name. Raises `ValueError` when one is missing or belongs to no route."""
+    names = {route.name for route in ROUTES}
+    if missing := names - handlers.keys():
+        raise ValueError(f"routes without a handler: {', '.join(sorted(missing))}")
+    if stray := handlers.keys() - names:
+        raise ValueError(f"handlers without a route: {', '.join(sorted(stray))}")
+    root = _Place()
+    for route in ROUTES:
+        place = root
+        for segment in route.path.split("/")[1:]:
+            if segment.startswith("{"):
+                name = segment.strip("{}")
+                if place.parameter is None:
+                    place.parameter, place.parameter_name = _Place(), name
+                assert place.parameter_name == name, f"two names for one parameter in {route.path}"
+                place = place.parameter
+            else:
+                place = place.fixed.setdefault(segment, _Place())
+        assert route.method not in place.methods, f"{route.method} {route.path} stands twice in the table"
+        place.methods[route.method] = (route, handlers[route.name])
+    return root
+
+
+class Dispatcher:
+    """The one handler of the aiohttp application."""
+
+    def __init__(self, service: Service, handlers: dict[str, Handler]) -> None:
+        self._service = service
+        self._table = build_table(handlers)
+        self._in_work = 0
+
+    async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
+        service = self._service
+        metrics = service.metrics
+        started = service.monotonic()
+        route_name = "none"
+        self._in_work += 1
+        try:
+            route, handler, params = self._find(request)
+            route_name = route.name
+            if self._in_work > service.settings.requests_max and route.answer is not None:
+                raise ProblemError(
+                    kinds.OVERLOADED,
+                    "Too many requests are being worked on; nothing was done.",
+                    retry_after_seconds=0.5,
+                )
+            call = Call(request, route, params)
+            await self._admit(call)
+            answer = await handler(service, call)
+            response = answer if isinstance(answer, web.StreamResponse) else self._answer(answer)
+        except ProblemError as problem:
+            response = self._problem(problem)
+        except HTTPException as error:
+            response = self._problem(_of_http(error))
+        except asyncio.CancelledError:
+            raise
+        except ConnectionError:
+            raise  # the caller has gone; aiohttp ends the connection
+        except Exception as error:
+            # The last resort: a defect of ours. The log gets where it was; the caller gets no detail.
+            log.error(
+                "request failed unexpectedly", route=route_name, error=type(error).__name__, exc_info=True
+            )
+            response = self._problem(
+                ProblemError(kinds.INTERNAL, "The tracker met an unexpected error; it is in the node's log.")
+            )
+        finally:
+            self._in_work -= 1
+        metrics.request(route_name, response.status, service.monotonic() - started)
+        return response
+
+    def _find(self, request: web.BaseRequest) -> tuple[Route, Handler, dict[str, str]]:
+        target = request.raw_path
+        path = target.partition("?")[0]
+        if not path.startswith("/"):
+            path = request.rel_url.raw_path  # absolute-form (RFC 9112, 3.2.2)
+        place = self._table
+        params: dict[str, str] = {}
+        for segment in path.split("/")[1:]:
+            following = place.fixed.get(segment)
+            if following is None:
+                following = place.parameter
+                if following is None or not segment:
+                    raise ProblemError(kinds.NO_SUCH_ROUTE, "There is nothing at this path.")
+                params[place.parameter_name] = _decode(segment, place.parameter_name)
+            place = following
+        if not place.methods:
+            raise ProblemError(kinds.NO_SUCH_ROUTE, "There is nothing at this path.")
+        found = place.methods.get(request.method)
+        if found is None:
+            problem = ProblemError(
+                kinds.METHOD_NOT_ALLOWED, f"This resource allows {', '.join(sorted(place.methods))}."
+            )
+            raise problem
+        return found[0], found[1], params
+
+    async def _admit(self, call: Call) -> None:
+        """Who calls, then what it says: a stranger's body is not even read."""
+        service, route, request = self._service, call.route, call.request
+        if route.access is Access.SESSION:
+            authorization = request.headers.get("Authorization")
+            if route.name in _ENDING_SESSIONS:
+                call.session = service.sessions.read(authorization)
+            else:
+                call.session = service.sessions.check(authorization)
+        elif route.access is Access.OPERATOR and not operator_of(request, insecure=service.settings.insecure):
+            raise ProblemError(kinds.OPERATORS_ONLY, "This needs an operator's client certificate.")
+        if route.writes:
+            call.request_id = check_request_id(
+                request.headers.get("Idempotency-Key"), service.wall_ms(), limits.REQUEST_ID_AHEAD_MS_MAX
+            )
+        if route.body is not None:
+            call.raw = _parse(request, await self._read(request, self._bound(route)))
+            call.body = convert_body(call.raw, route.body)
+        elif request.body_exists:
+            data = await self._read(request, _EMPTY_BODY_BYTES_MAX)
+            if data.strip() not in (b"", b"{}"):
+                raise ProblemError(kinds.INVALID, "This request takes no body.", field="body")
+
+    def _bound(self, route: Route) -> int:
+        settings = self._service.settings
+        return settings.announce_body_bytes_max if route.name == "announce" else settings.body_bytes_max
+
+    async def _read(self, request: web.BaseRequest, bytes_max: int) -> bytes:
+        """The whole body. Raises `ProblemError` before reading what is too large or compressed."""
+        length = request.content_length
+        if length is not None and length > bytes_max:
+            raise _too_large(bytes_max)
+        if request.headers.get("Content-Encoding", "identity") != "identity":
+            raise ProblemError(
+                kinds.UNSUPPORTED_MEDIA_TYPE, "Compressed bodies are not taken.", field="Content-Encoding"
+            )
+        content = request.content
+        if content.is_eof():  # it came along with the headers, as small ones do
+            data = content.read_nowait()
+            if len(data) > bytes_max:
+                raise _too_large(bytes_max)
+            return data
+        parts: list[bytes] = []
+        size = 0
+        try:
+            async with asyncio.timeout(self._service.settings.body_seconds):
+                while part := await content.readany():
+                    size += len(part)
+                    if size > bytes_max:
+                        raise _too_large(bytes_max)
+                    parts.append(part)
+        except TimeoutError:
+            raise ProblemError(
+                kinds.TOO_SLOW, "The body did not arrive in time; nothing was done.", retry_after_seconds=1.0
+            ) from None
+        return b"".join(parts)
+
+    def _answer(self, answer: Answer) -> web.Response:
+        document = msgspec.to_builtins(answer)
+        revision = answer.revision
+        document.update(self._service.envelope())
+        if revision:
+            document["revision"] = revision
+        return web.Response(body=orjson.dumps(document), headers=_HEADERS)
+
+    def _problem(self, problem: ProblemError) -> web.Response:
+        headers = {**_HEADERS, "Content-Type": PROBLEM_JSON}
+        if problem.kind.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        if problem.retry_after_seconds is not None:
+            headers["Retry-After"] = str(max(1, round(problem.retry_after_seconds)))
+        if problem.kind is kinds.METHOD_NOT_ALLOWED:
+            headers["Allow"] = problem.detail.removeprefix("This resource allows ").rstrip(".")
+        document = problem.document(self._service.envelope())
+        return web.Response(status=problem.kind.status, body=orjson.dumps(document), headers=headers)
+
+
+def convert_body(raw: Any, body: type) -> Any:
+    """Decoded JSON to the route's type. Raises `ProblemError` naming the field."""
+    try:
+        return msgspec.convert(raw, body, strict=True)
+    except msgspec.ValidationError as error:
+        message = str(error)
+        named = _NAMED.search(message)
+        at = _FIELD.search(message)
+        place = at.group(1) if at else ""
+        if named:
+            place = f"{place}.{named.group(1)}" if place else named.group(1)
+        said = message.partition(" - at `$")[0].replace("`", "'")
+        where = f"{place}: {said}" if place else f"The body is not what this route takes: {said}"
+        raise ProblemError(kinds.INVALID, f"{where}.", field=place or "body") from None
+
+
+def _parse(request: web.BaseRequest, data: bytes) -> Any:
+    if request.content_type != JSON:
+        raise ProblemError(
+            kinds.UNSUPPORTED_MEDIA_TYPE,
+            "The body must be JSON, sent as application/json.",
+            field="Content-Type",
+        )
+    try:
+        return orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+        raise ProblemError(
+            kinds.INVALID, f"The body is not JSON (at byte {error.pos} of {len(data)}).", field="body"
+        ) from None
+
+
+def _decode(segment: str, name: str) -> str:
+    if "%" not in segment:
+        return segment
+    try:
+        return unquote(segment, errors="strict")
+    except UnicodeDecodeError:
+        raise ProblemError(kinds.INVALID, "The path is not percent-encoded UTF-8.", field=name) from None
+
+
+def _too_large(bytes_max: int) -> ProblemError:
+    return ProblemError(kinds.TOO_LARGE, f"The body is larger than the {bytes_max} bytes this route takes.")
+
+
+def _of_http(error: HTTPException) -> ProblemError:
+    """aiohttp's own refusals (a malformed chunk, an early end)."""
+    if error.status == 413:
+        return ProblemError(kinds.TOO_LARGE, "The body is too large.")
+    return ProblemError(kinds.INVALID, "The request is not well-formed HTTP.", field="body")
+
+
+def certificate_names(request: web.BaseRequest) -> tuple[str, ...]:
+    """The URI names of the caller's verified client certificate; empty without one."""
+    transport = request.transport
+    certificate = transport.get_extra_info("peercert") if transport is not None else None
+    if not certificate:
+        return ()
+    return tuple(value for kind, value in certificate.get("subjectAltName", ()) if kind == "URI")
+
+
+def operator_of(request: web.BaseRequest, *, insecure: bool = False) -> bool:
+    """Whether the caller is an operator: by a certificate from the cluster's CA that names one. Without
+    TLS (`--insecure`) there are no certificates: callers on this machine are operators."""
+    if any(name.startswith("trimaran:operator:") for name in certificate_names(request)):
+        return True
+    if not insecure:
+        return False
+    try:
+        return ipaddress.ip_address(request.remote or "").is_loopback
+    except ValueError:
+        return False
+
+
+def make_runner(service: Service) -> web.ServerRunner:
+    """A server of every route of the table, with this server's bounds; add sites to it. Raises
+    `ValueError` if a route has no handler. Bodies are not decompressed: compressed ones are refused."""
+    from cluster.handlers import HANDLERS
+
+    server = web.Server(
+        Dispatcher(service, HANDLERS),
+        access_log=None,
+        keepalive_timeout=75.0,
+        max_line_size=8_190,
+        max_field_size=8_190,
+        max_headers=64,
+        lingering_time=2.0,
+        auto_decompress=False,
+    )
+    return web.ServerRunner(server, handle_signals=False, shutdown_timeout=5.0)

@@ -1,0 +1,107 @@
+"""What an operator can see in numbers: `/metrics`, in Prometheus' text format.
+
+Owned here: names, labels, and counting requests at little cost. The gauges are read when they are asked
+for, from the state, the hub and consensus, so they cost nothing in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from cluster.consensus import Role
+from state_machine import queries
+
+if TYPE_CHECKING:
+    from cluster.service import Service
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+
+class Metrics:
+    """One registry for one node: several nodes may live in one process (tests)."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._requests = Counter(
+            "trimaran_http_requests", "Requests answered", ["route", "status"], registry=self._registry
+        )
+        self._latency = Histogram(
+            "trimaran_http_request_seconds",
+            "Time from the request's headers to its answer",
+            ["route"],
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+        self._proposals = Counter(
+            "trimaran_proposals", "Proposals by their end", ["end"], registry=self._registry
+        )
+        # Looking a child up by labels costs more than counting: each is looked up once.
+        self._counts: dict[tuple[str, int], Callable[[], None]] = {}
+        self._observe: dict[str, Callable[[float], None]] = {}
+        self._ends: dict[str, Callable[[], None]] = {}
+
+    def request(self, route: str, status: int, seconds: float) -> None:
+        key = (route, status)
+        count = self._counts.get(key)
+        if count is None:
+            count = self._counts[key] = self._requests.labels(route, str(status)).inc
+        count()
+        observe = self._observe.get(route)
+        if observe is None:
+            observe = self._observe[route] = self._latency.labels(route).observe
+        observe(seconds)
+
+    def proposal(self, end: str) -> None:
+        count = self._ends.get(end)
+        if count is None:
+            count = self._ends[end] = self._proposals.labels(end).inc
+        count()
+
+    def attach(self, service: Service) -> None:
+        self._registry.register(_Gauges(service))
+
+    def text(self) -> bytes:
+        return generate_latest(self._registry)
+
+
+class _Gauges(Collector):
+    """Read when asked for."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def collect(self) -> Iterable[Metric]:
+        service = self._service
+        status = service.consensus.status()
+        yield _gauge("trimaran_revision", "The state machine's revision", service.machine.revision)
+        yield _gauge("trimaran_raft_term", "Raft's term", status.term)
+        yield _gauge("trimaran_raft_applied", "Raft index of the last entry applied", status.applied)
+        yield _gauge("trimaran_raft_committed", "Raft index of the last entry committed", status.committed)
+        yield _gauge("trimaran_raft_quorum", "1 while a quorum is heard", int(status.quorum))
+        yield _gauge("trimaran_disk_full", "1 while the disk is full", int(status.disk_full))
+        yield _gauge("trimaran_ready", "1 while the node can answer", int(not service.unready_reason()))
+        role = GaugeMetricFamily("trimaran_raft_role", "1 for the node's role", labels=["role"])
+        for known in Role:
+            role.add_metric([known.value], int(known is status.role))
+        yield role
+        yield _gauge("trimaran_watchers", "Open event streams", len(service.hub))
+        yield _gauge("trimaran_watch_floor", "Revision before which no history is kept", service.hub.floor)
+        cuts = GaugeMetricFamily("trimaran_watch_cuts", "Event streams ended by this node", labels=["reason"])
+        for reason, count in service.hub.cuts.items():
+            cuts.add_metric([reason], count)
+        yield cuts
+        yield _gauge("trimaran_announcements_local", "Answered without the log", service.announcer.local)
+        yield _gauge("trimaran_announcements_logged", "That changed something", service.announcer.logged)
+        facts = GaugeMetricFamily("trimaran_state", "How many of what the state holds", labels=["kind"])
+        for kind, count in queries.counts(service.machine.state).items():
+            facts.add_metric([kind], count)
+        yield facts
+
+
+def _gauge(name: str, about: str, value: float) -> Metric:
+    return GaugeMetricFamily(name, about, value=value)
