@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from cluster.api import types as t
+from cluster.api.certificates import SSLInfo
 
 
 class AuthorityError(Exception):
@@ -21,6 +22,9 @@ class AuthorityError(Exception):
 
 class Authority(Protocol):
     """Certificates for peers and nodes. Methods that take long run their work off the event loop."""
+
+    def operator_of(self, connection: SSLInfo) -> str | None:
+        """Which operator is at the other end of a verified connection; None for anyone else."""
 
     async def certify_peer(self, peer_id: str, csr_pem: str) -> tuple[str, int]:
         """Check that the request is signed by the key that `peer_id` is derived from, and certify it:

@@ -161,7 +161,7 @@ class Dispatcher:
                 call.session = service.sessions.read(authorization)
             else:
                 call.session = service.sessions.check(authorization)
-        elif route.access is Access.OPERATOR and not operator_of(request, insecure=service.settings.insecure):
+        elif route.access is Access.OPERATOR and not operator_of(service, request):
             raise ProblemError(kinds.OPERATORS_ONLY, "This needs an operator's client certificate.")
         if route.writes:
             call.request_id = check_request_id(
@@ -280,21 +280,14 @@ def _of_http(error: HTTPException) -> ProblemError:
     return ProblemError(kinds.INVALID, "The request is not well-formed HTTP.", field="body")
 
 
-def certificate_names(request: web.BaseRequest) -> tuple[str, ...]:
-    """The URI names of the caller's verified client certificate; empty without one."""
-    transport = request.transport
-    certificate = transport.get_extra_info("peercert") if transport is not None else None
-    if not certificate:
-        return ()
-    return tuple(value for kind, value in certificate.get("subjectAltName", ()) if kind == "URI")
-
-
-def operator_of(request: web.BaseRequest, *, insecure: bool = False) -> bool:
-    """Whether the caller is an operator: by a certificate from the cluster's CA that names one. Without
-    TLS (`--insecure`) there are no certificates: callers on this machine are operators."""
-    if any(name.startswith("trimaran:operator:") for name in certificate_names(request)):
-        return True
-    if not insecure:
+def operator_of(service: Service, request: web.BaseRequest) -> bool:
+    """Whether the caller is an operator: the cluster's CA has said so in the caller's certificate.
+    Without TLS (`--insecure`) there are no certificates: callers on this machine are operators."""
+    if service.authority is not None:
+        transport = request.transport
+        connection = transport.get_extra_info("ssl_object") if transport is not None else None
+        return connection is not None and service.authority.operator_of(connection) is not None
+    if not service.settings.insecure:
         return False
     try:
         return ipaddress.ip_address(request.remote or "").is_loopback
