@@ -101,6 +101,7 @@ class JoinAnswer(Answer, frozen=True, kw_only=True):
     certificate_pem: str
     peer_ca_certificate_pem: str
     members: list[AddNodeBody]
+    ca_key_pem: str = ""  # so that no node is the only one that can invite and renew
 
 
 class TransferBody(Body, frozen=True, kw_only=True):
