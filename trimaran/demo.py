@@ -20,18 +20,16 @@ from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from peer.reports import Exit, GetReport, Progress, TrimaranError
+from cluster.api.types import StatusAnswer
+from peer.reports import Exit, GetReport, PeerSession, Progress, TrimaranError
 
 from .output import Output, harmless, rated, sized
 from .processes import Started, free_base_port
 from .progress import Display
 from .settings import Common
 from .wiring import peer_session, signed_in, trackers
-
-if TYPE_CHECKING:
-    pass
 
 GROUP = "crew"
 PEOPLE = ("ana", "ben", "cho")
@@ -352,10 +350,9 @@ class Demo:
         """End everything that was started, peers first."""
         for task in self.background:
             task.cancel()
-        first, *rest = self.started or [None]
-        await asyncio.gather(*(asyncio.to_thread(each.stop) for each in rest if each))
-        if first is not None:
-            await asyncio.to_thread(first.stop)
+        await asyncio.gather(*(asyncio.to_thread(each.stop) for each in self.started[1:]))
+        for cluster in self.started[:1]:
+            await asyncio.to_thread(cluster.stop)
 
     async def _status(self) -> StatusAnswer:
         from cluster.api.errors import TrackerError

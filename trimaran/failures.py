@@ -52,6 +52,39 @@ def of_tracker(error: TrackerError) -> TrimaranError:
     )
 
 
+def of_node(error: Exception) -> TrimaranError | None:
+    """What starting, joining or running a node raises; None for anything else."""
+    if not type(error).__module__.startswith("cluster."):
+        return None
+    from cluster.app import NodeConflictError, NodeError
+    from cluster.authority import AuthorityError
+    from cluster.config import ConfigError
+
+    if isinstance(error, ConfigError):
+        return TrimaranError(_sentence(error), exit_code=Exit.USAGE, code="usage")
+    if isinstance(error, AuthorityError):
+        exit_code = Exit.DENIED if error.denied else Exit.USAGE
+        return TrimaranError(
+            _sentence(error), exit_code=exit_code, code="denied" if error.denied else "usage", hint=error.hint
+        )
+    if isinstance(error, NodeConflictError):
+        return TrimaranError(_sentence(error), exit_code=Exit.CONFLICT, code="conflict")
+    if isinstance(error, NodeError):
+        return TrimaranError(
+            _sentence(error),
+            exit_code=Exit.UNEXPECTED,
+            code="node-stopped",
+            hint="What was acknowledged is kept in the data folder.",
+        )
+    return None
+
+
+def _sentence(error: Exception) -> str:
+    text = str(error).strip()
+    text = text[:1].upper() + text[1:]
+    return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
 def of_system(error: OSError) -> TrimaranError | None:
     """An error of the operating system that a person can act on; None for one that nobody expected."""
     where = f" ({error.filename})" if error.filename else ""

@@ -61,7 +61,9 @@ class Started:
         deadline = time.monotonic() + READY_SECONDS
         line = b""
         while not line.endswith(b"\n"):
-            readable, _, _ = select.select([self._process.stdout], [], [], max(0.0, deadline - time.monotonic()))
+            readable, _, _ = select.select(
+                [self._process.stdout], [], [], max(0.0, deadline - time.monotonic())
+            )
             part = os.read(self._process.stdout.fileno(), 65536) if readable else b""
             if not part:
                 break

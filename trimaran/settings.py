@@ -28,7 +28,7 @@ COMMON = Group("Common options", sort_key=90)
 
 # Every key that the file may hold: the options of all commands. A test compares it with the commands.
 FILE_KEYS = frozenset(
-    {
+    (
         "advertise",
         "algorithm",
         "base_port",
@@ -41,6 +41,7 @@ FILE_KEYS = frozenset(
         "group",
         "home",
         "http",
+        "http_listen",
         "insecure",
         "interval_seconds",
         "invitation",
@@ -49,23 +50,26 @@ FILE_KEYS = frozenset(
         "keep",
         "key_fingerprint",
         "kill",
+        "lift",
         "listen",
+        "log_level",
         "name",
         "node_id",
         "nodes",
         "operator",
         "output",
         "password_stdin",
+        "picture",
         "quiet",
         "raft",
+        "raft_listen",
         "replace",
         "seed",
         "trackers",
         "up",
         "valid_seconds",
-    }
+    )
 )
-
 _RATE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmg]?)(?:i?b)?(?:/s)?", re.IGNORECASE)
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 

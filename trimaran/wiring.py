@@ -17,7 +17,7 @@ import msgspec
 
 from peer.reports import Exit, TrimaranError
 
-from .settings import Common, peer_settings, usage
+from .settings import Common, peer_settings
 
 if TYPE_CHECKING:
     from cluster.api.client import TrackerClient
@@ -32,11 +32,6 @@ class SignedIn:
 
     trackers: TrackerClient
     user: str
-
-
-class _Session(msgspec.Struct):
-    user: str
-    session: str
 
 
 @asynccontextmanager
@@ -54,9 +49,11 @@ async def peer_session(common: Common, settings: PeerSettings | None = None) -> 
 @asynccontextmanager
 async def signed_in(common: Common) -> AsyncIterator[SignedIn]:
     """Raises `TrimaranError` where nobody is signed in."""
+    from peer.identity import SignIn
+
     settings = peer_settings(common)
     try:
-        stored = msgspec.json.decode((settings.home / "session.json").read_bytes(), type=_Session)
+        stored = msgspec.json.decode((settings.home / "session.json").read_bytes(), type=SignIn)
     except (OSError, msgspec.DecodeError):
         raise TrimaranError(
             "Nobody is signed in on this peer.",
@@ -69,28 +66,27 @@ async def signed_in(common: Common) -> AsyncIterator[SignedIn]:
 
 
 @asynccontextmanager
-async def trackers(common: Common, *, operator: str = "") -> AsyncIterator[TrackerClient]:
-    """The trackers' client, signed in as nobody, or as an operator with the certificate in `operator`."""
+async def trackers(
+    common: Common, *, certificate: tuple[Path, Path] | None = None
+) -> AsyncIterator[TrackerClient]:
+    """The trackers' client, signed in as nobody, or as the operator with that certificate and key."""
     settings = peer_settings(common)
     from cluster.api.client import TrackerClient
 
-    certificate = operator_certificate(operator) if operator else None
     async with TrackerClient(
         settings.trackers, ca=settings.ca, insecure=settings.insecure, client_certificate=certificate
     ) as client:
         yield client
 
 
-def operator_certificate(folder: str) -> tuple[Path, Path]:
-    """Certificate and key, from a node's data folder or from a folder that holds just these two."""
-    for place in (Path(folder).expanduser(), Path(folder).expanduser() / "operator"):
-        pair = place / "operator.pem", place / "operator.key"
-        if all(each.exists() for each in pair):
-            return pair
-    return usage(
-        f"There is no operator's certificate in {folder}.",
-        "It is in the data folder of the node that was made by `trimaran tracker init` or `tracker local`.",
-    )
+@asynccontextmanager
+async def as_operator(common: Common, folder: str) -> AsyncIterator[TrackerClient]:
+    """The trackers' client, with the operator's certificate that `operating.py` finds."""
+    from .operating import operator_of
+
+    operator = operator_of(common, folder)
+    async with trackers(operator.common, certificate=operator.certificate) as client:
+        yield client
 
 
 async def known_revision(common: Common) -> int | None:

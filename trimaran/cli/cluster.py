@@ -8,9 +8,10 @@ from typing import Annotated, Literal
 from cyclopts import App, Parameter
 
 from cluster.api.types import AddNodeBody, StatusAnswer
+from trimaran.operating import with_cluster
 from trimaran.output import Output
 from trimaran.settings import DEFAULTS, Common, usage
-from trimaran.wiring import trackers
+from trimaran.wiring import as_operator, trackers
 
 app = App(name="cluster", help="The cluster's nodes, for its operators.")
 
@@ -63,7 +64,7 @@ def _print(out: Output, status: StatusAnswer) -> None:
 @app.command
 async def status(*, common: Common = DEFAULTS) -> None:
     """Show quorum, leader and nodes. Any node that answers will do; no sign-in is needed."""
-    async with trackers(common) as client:
+    async with trackers(with_cluster(common)) as client:
         answer = await client.status()
     out = Output.of(common)
     out.answer(_document(answer), lambda: _print(out, answer))
@@ -84,7 +85,7 @@ async def watch(
     out = Output.of(common)
     last: object = None
     printed = 0
-    async with trackers(common) as client:
+    async with trackers(with_cluster(common)) as client:
         while not count or printed < count:
             try:
                 answer = await client.within(5.0).status()
@@ -122,7 +123,7 @@ async def add(
 ) -> None:
     """Add a node whose key you already have. Usually `tracker invite` and `tracker init --join` do this."""
     body = AddNodeBody(id=node_id, raft=raft, http=http, key_fingerprint=key_fingerprint)
-    async with trackers(common, operator=operator) as client:
+    async with as_operator(common, operator) as client:
         done = await client.add_node(body)
     Output.of(common).answer({"revision": done.revision}, f"{node_id} is a node of the cluster.")
 
@@ -130,7 +131,7 @@ async def add(
 @app.command
 async def remove(node_id: NodeId, /, *, operator: Operator = "", common: Common = DEFAULTS) -> None:
     """Remove a node. It stops, and its data folder can never rejoin."""
-    async with trackers(common, operator=operator) as client:
+    async with as_operator(common, operator) as client:
         done = await client.remove_node(node_id)
     Output.of(common).answer({"revision": done.revision}, f"{node_id} is no longer a node of the cluster.")
 
@@ -144,7 +145,7 @@ async def transfer(
     common: Common = DEFAULTS,
 ) -> None:
     """Move the leadership to another node, without an election."""
-    async with trackers(common, operator=operator) as client:
+    async with as_operator(common, operator) as client:
         done = await client.transfer_leadership(node_id or None)
     Output.of(common).answer({"revision": done.revision}, f"The leader is {done.leader or node_id}.")
 
@@ -158,7 +159,7 @@ async def policy(
     common: Common = DEFAULTS,
 ) -> None:
     """Say whether anyone may register, or only who was invited."""
-    async with trackers(common, operator=operator) as client:
+    async with as_operator(common, operator) as client:
         done = await client.set_policy(registration)
     Output.of(common).answer({"revision": done.revision}, f"Registration: {registration}.")
 
@@ -171,7 +172,7 @@ async def invitation(
     common: Common = DEFAULTS,
 ) -> None:
     """Make an invitation for one user (`trimaran register USER --invitation ...`)."""
-    async with trackers(common, operator=operator) as client:
+    async with as_operator(common, operator) as client:
         answer = await client.create_invitation(valid_seconds=valid_seconds)
     Output.of(common).answer(
         {"invitation": answer.invitation, "revision": answer.revision}, answer.invitation

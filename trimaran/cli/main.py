@@ -152,6 +152,8 @@ def _told(error: BaseException, argv: Sequence[str]) -> TrimaranError:
         )
     if isinstance(error, TrackerError):
         return failures.of_tracker(error)
+    if isinstance(error, Exception) and (node := failures.of_node(error)) is not None:
+        return node
     if isinstance(error, OSError) and (known := failures.of_system(error)) is not None:
         return known
     return failures.crashed(_home_of(argv), error)

@@ -52,7 +52,10 @@ class Asker:
 
     def text(self, question: str, default: str | None = None) -> str:
         answer = Prompt.ask(
-            Text(question), console=self._console, default=default if default is not None else "", show_default=bool(default)
+            Text(question),
+            console=self._console,
+            default=default if default is not None else "",
+            show_default=bool(default),
         ).strip()
         if not answer and default is None:
             raise BackError
@@ -153,4 +156,3 @@ class Asker:
             ):
                 return [int(each) - 1 for each in dict.fromkeys(parts)]
             self._console.print(Text(f"Type a number from 1 to {len(titles)}, or b to go back.", "yellow"))
-

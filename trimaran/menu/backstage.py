@@ -14,14 +14,11 @@ from types import TracebackType
 import msgspec
 from rich.console import Console
 
+from peer.identity import SignIn
 from peer.reports import TrimaranError
 from trimaran.output import Output
 from trimaran.processes import Started, free_base_port
 from trimaran.settings import common_of_environment
-
-
-class _User(msgspec.Struct):
-    user: str
 
 
 class Backstage:
@@ -77,7 +74,7 @@ class Backstage:
 
     def user(self) -> str:
         try:
-            return msgspec.json.decode((self.home / "session.json").read_bytes(), type=_User).user
+            return msgspec.json.decode((self.home / "session.json").read_bytes(), type=SignIn).user
         except (OSError, msgspec.DecodeError):
             return ""
 
@@ -121,4 +118,3 @@ def _remembered_port(folder: Path) -> int:
         return int((folder / "base-port").read_text())
     except (OSError, ValueError):
         return 0
-

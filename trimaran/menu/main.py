@@ -167,7 +167,9 @@ SIGNED_OUT: tuple[Section, ...] = (
 def run(dispatch: Dispatch) -> int:
     """Until the person leaves. Answers the exit code."""
     console = Console(highlight=False)
-    console.print(Panel.fit("[bold]Trimaran[/bold]\nfiles for groups of people, from each other", border_style="cyan"))
+    console.print(
+        Panel.fit("[bold]Trimaran[/bold]\nfiles for groups of people, from each other", border_style="cyan")
+    )
     with Backstage(console) as backstage:
         while True:
             try:
@@ -196,7 +198,9 @@ def _do(console: Console, argv: list[str], dispatch: Dispatch) -> None:
     console.print(Text("" if code == 0 else f"(exit code {code})", "bright_black"))
 
 
-def _choose(console: Console, backstage: Backstage, sections: tuple[Section, ...], user: str) -> Choice | None:
+def _choose(
+    console: Console, backstage: Backstage, sections: tuple[Section, ...], user: str
+) -> Choice | None:
     console.rule(style="bright_black")
     console.print(Text.assemble((harmless(user) or "Nobody signed in", "bold"), f"   {backstage.summary()}"))
     flat: list[Choice] = []
