@@ -145,7 +145,9 @@ class SimulatedDisk:
 
     def rot(self, prefix: str) -> bool:
         """Flip a bit in the older half of a file that the drive holds."""
-        names = [name for name in sorted(self.names) if name.startswith(prefix) and len(self.names[name].kept) > 64]
+        names = [
+            name for name in sorted(self.names) if name.startswith(prefix) and len(self.names[name].kept) > 64
+        ]
         if not names:
             return False
         content = self.names[self.chance.choice(names)]

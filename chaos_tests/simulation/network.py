@@ -76,7 +76,9 @@ class Network:
         for place, a in enumerate(nodes):
             for b in nodes[place + 1 :]:
                 if (a, b) not in self._connections and self._possible(a, b):
-                    self._clock.later(self._chance.uniform(0.01, 0.1), lambda pair=(a, b): self._connect(pair))  # type: ignore[misc]
+                    self._clock.later(
+                        self._chance.uniform(0.01, 0.1), lambda pair=(a, b): self._connect(pair)
+                    )  # type: ignore[misc]
 
     def _possible(self, a: str, b: str) -> bool:
         if a not in self.endpoints or b not in self.endpoints or (a, b) in self.cut or (b, a) in self.cut:
@@ -108,7 +110,9 @@ class Network:
                 self._bites["message_after_reconnect"] += 1
                 self._clock.later(
                     self._chance.uniform(0.0, 0.6),
-                    lambda sender=sender, receiver=receiver, data=data: self._hand_over(sender, receiver, data),  # type: ignore[misc]
+                    lambda sender=sender, receiver=receiver, data=data: self._hand_over(
+                        sender, receiver, data
+                    ),  # type: ignore[misc]
                 )
             else:
                 self._bites["message_lost"] += 1

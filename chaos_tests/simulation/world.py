@@ -35,7 +35,7 @@ class CallerGoneError(Exception):
     """Raised out of a caller's callback, as a future that was cancelled does."""
 
 
-class ViolationError(Exception):
+class ViolationError(BaseException):
     """The run is over: something that must never happen has happened."""
 
 
@@ -71,7 +71,9 @@ class Process:
 
     def start(self) -> None:
         world = self.world
-        syncer = SimulatedSyncer(world.clock, random.Random(world.chance.getrandbits(64)), lambda: world.kill(self))
+        syncer = SimulatedSyncer(
+            world.clock, random.Random(world.chance.getrandbits(64)), lambda: world.kill(self)
+        )
         runtime = ProcessRuntime(world.clock, world.chance, syncer)
         syncer.deliver = runtime.call_soon
         runtime.around = self._around
@@ -82,7 +84,13 @@ class Process:
         self.ended = None
         try:
             self.core = RaftCore(
-                settings, self.disk, runtime, self._make_links, replica, world.rig.corrections, world.rig.open_journal
+                settings,
+                self.disk,
+                runtime,
+                self._make_links,
+                replica,
+                world.rig.corrections,
+                world.rig.open_journal,
             )
             self.started_once = True
             self.core.on_fatal(self._fatal)
@@ -125,7 +133,7 @@ class Process:
         try:
             callback()
         except CallerGoneError:
-            world.bites["caller_gone"] += 1  # the loop logs it and goes on
+            pass  # the loop logs it and goes on
         except ViolationError:
             raise
         except ProcessEnds:
@@ -355,11 +363,17 @@ class World:
         self.calls.append(call)
         call_then = self._chain(call, then)
         if call.kind == "read":
-            process.deliver(lambda: core.barrier(runtime.now() + DEADLINE_SECONDS, lambda ok: self._read(call, ok, call_then)))
+            process.deliver(
+                lambda: core.barrier(
+                    runtime.now() + DEADLINE_SECONDS, lambda ok: self._read(call, ok, call_then)
+                )
+            )
         else:
             process.deliver(
                 lambda: core.submit(
-                    call.command, runtime.now() + DEADLINE_SECONDS, lambda end: self._written(call, end, call_then)
+                    call.command,
+                    runtime.now() + DEADLINE_SECONDS,
+                    lambda end: self._written(call, end, call_then),
                 )
             )
 
@@ -396,7 +410,9 @@ class World:
             revision = process.replica.state.revision
             self.result.reads += 1
             if revision < call.floor:
-                self.violation("stale read", f"{process.node_id} showed revision {revision}, {call.floor} was known")
+                self.violation(
+                    "stale read", f"{process.node_id} showed revision {revision}, {call.floor} was known"
+                )
             self.floor = max(self.floor, revision)
             self.log("read", process.node_id, revision)
         else:
@@ -415,6 +431,7 @@ class World:
             self.bites["rejected" if isinstance(end, Rejected) else "unknown"] += 1
             self._retry_later(call)
         if self.chance.random() < 0.02:
+            self.bites["caller_gone"] += 1
             raise CallerGoneError
 
     def _acknowledged(self, call: Call, end: Applied) -> None:
@@ -501,7 +518,9 @@ class World:
         if guard.leading:
             first = self.leaders.setdefault(guard.term, process.node_id)
             if first != process.node_id:
-                self.violation("two leaders in one term", f"{first} and {process.node_id} in term {guard.term}")
+                self.violation(
+                    "two leaders in one term", f"{first} and {process.node_id} in term {guard.term}"
+                )
             if self.steady_term is not None and guard.term != self.steady_term:
                 self.violation("a live leader was deposed", f"{process.node_id} leads term {guard.term}")
         commit = guard.commit_index
@@ -513,7 +532,8 @@ class World:
                 content = (term, crc32(command))
                 if self.entries.setdefault(index, content) != content:
                     self.violation(
-                        "committed entry differs", f"{process.node_id} at index {index}: {content}, {self.entries[index]}"
+                        "committed entry differs",
+                        f"{process.node_id} at index {index}: {content}, {self.entries[index]}",
                     )
             process.checked_commit = commit
         if self.no_snapshot_needed and core.snapshotting.sent:
@@ -524,7 +544,10 @@ class World:
             late = self.clock.now - call.due
             if late > 1.0 and not call.ended and call.process is not None and call.process.awake:
                 if call.core is call.process.core:
-                    self.violation("a caller is left waiting", f"{call.kind} at {call.process.node_id}, {late:.1f} s late")
+                    self.violation(
+                        "a caller is left waiting",
+                        f"{call.kind} at {call.process.node_id}, {late:.1f} s late",
+                    )
 
     # -- the end
 
@@ -558,7 +581,13 @@ class World:
                 return False
             if process.core.guard.leader_id != leader.node_id:
                 return False
-            states.add((process.core.guard.applied_index, process.replica.state.revision, process.replica.state.chain))
+            states.add(
+                (
+                    process.core.guard.applied_index,
+                    process.replica.state.revision,
+                    process.replica.state.chain,
+                )
+            )
         return len(states) == 1 and not self.calls
 
     def check_end(self) -> None:
@@ -575,8 +604,14 @@ class World:
                     )
                 else:
                     parts.append(f"{process.node_id}: down {process.refused or process.ended or ''}")
-            calls = [(call.kind, call.process.node_id if call.process else "", call.attempts) for call in self.calls]
-            self.violation("no agreement after the faults ended", "; ".join(parts) + f" wishes {self._wishes} calls {calls}")
+            calls = [
+                (call.kind, call.process.node_id if call.process else "", call.attempts)
+                for call in self.calls
+            ]
+            self.violation(
+                "no agreement after the faults ended",
+                "; ".join(parts) + f" wishes {self._wishes} calls {calls}",
+            )
             return
         state = leader.replica.state
         for command, revision in self.acknowledged.items():

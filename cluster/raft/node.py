@@ -7,7 +7,10 @@ puts together disk, event loop and transport for the real world. Everything that
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Protocol
 
 import msgspec
@@ -22,10 +25,11 @@ from cluster.consensus import (
     Replica,
 )
 from cluster.raft.core import LinkEvents, Links, RaftCore
-from cluster.raft.disk import Disk
+from cluster.raft.disk import Disk, FolderDisk, ThreadSyncer
 from cluster.raft.proposals import STOPPING
-from cluster.raft.runtime import Runtime
+from cluster.raft.runtime import AsyncioRuntime, Runtime
 from cluster.raft.settings import RaftSettings
+from cluster.raft.transport import Transport
 
 _STOP_SECONDS_MAX = 3.0
 
@@ -101,11 +105,10 @@ class RaftNode:
         if not guard.stopped:
             core.stop_taking()
             if guard.leading and guard.voter_peers:
-                try:
+                # Nobody to hand over to: the others will notice, and elect.
+                with suppress(MembershipError):
                     await self.transfer_leadership(None, deadline_seconds=self._settings.transfer_seconds_max)
-                except MembershipError:
-                    pass  # nobody to hand over to: the others will notice, and elect
-            while not core.proposals.idle and not guard.stopped and loop.time() < until:
+            while not core.proposals.idle and not guard.stopped and loop.time() < until:  # noqa: ASYNC110
                 await asyncio.sleep(self._settings.tick_seconds)
             core.halt()
         core.close()
@@ -172,12 +175,15 @@ class RaftNode:
         if self.core.guard.leader_id == node_id:
             # A leader goes like any other node: it hands over first.
             await self.transfer_leadership(None, deadline_seconds=deadline_seconds)
-            while self.core.guard.leader_id in (None, node_id) and asyncio.get_running_loop().time() < until:
+            while self._without_other_leader(node_id) and asyncio.get_running_loop().time() < until:  # noqa: ASYNC110
                 await asyncio.sleep(self._settings.tick_seconds)
         await self._settled(
             lambda: self._control("remove", node_id.encode(), until - asyncio.get_running_loop().time()),
             until,
         )
+
+    def _without_other_leader(self, node_id: str) -> bool:
+        return self.core.guard.leader_id in (None, node_id)
 
     async def _settled(self, change: Callable[[], Awaitable[str]], until: float) -> None:
         """A leader that was only just elected refuses changes for a moment; that is no news for an operator."""
@@ -211,3 +217,73 @@ class RaftNode:
         if outcome == "unknown":
             raise MembershipUnknownError(message)
         return message
+
+
+class _RealEnvironment:
+    """A folder, the running event loop, sockets."""
+
+    def __init__(
+        self,
+        settings: RaftSettings,
+        data_dir: Path,
+        listen: tuple[str, int],
+        server_tls: ssl.SSLContext | None,
+        client_tls: ssl.SSLContext | None,
+    ) -> None:
+        self._folder = FolderDisk(data_dir)
+        loop = asyncio.get_running_loop()
+        self._syncer = ThreadSyncer(loop.call_soon_threadsafe)
+        self.disk: Disk = self._folder
+        self.runtime: Runtime = AsyncioRuntime(self._syncer, loop)
+        self._settings = settings
+        self._listen = listen
+        self._tls = (server_tls, client_tls)
+        self._transport: Transport | None = None
+
+    def make_links(self, events: LinkEvents) -> Links:
+        self._transport = Transport(
+            events,
+            node_id=self._settings.node.node_id,
+            cluster_id=self._settings.cluster_id,
+            listen_host=self._listen[0],
+            listen_port=self._listen[1],
+            server_tls=self._tls[0],
+            client_tls=self._tls[1],
+        )
+        return self._transport
+
+    async def open_links(self) -> None:
+        assert self._transport is not None
+        await self._transport.open()
+
+    async def close_links(self) -> None:
+        if self._transport is not None:
+            await self._transport.close()
+
+    def close(self) -> None:
+        self._syncer.close()
+        self._folder.close()
+
+
+def open_node(
+    settings: RaftSettings,
+    replica: Replica,
+    *,
+    data_dir: Path,
+    listen: tuple[str, int] | None = None,
+    server_tls: ssl.SSLContext | None = None,
+    client_tls: ssl.SSLContext | None = None,
+) -> RaftNode:
+    """A node on a real folder and real sockets. Nothing is touched before `start`.
+
+    `data_dir` is the node's own folder for Raft; it is made when missing, and held by one process at a time. `listen`
+    is the (host, port) to listen on for other nodes, by default the address the settings give others to dial. With
+    both TLS contexts None the nodes speak plainly and believe each other's names (`--insecure`).
+    """
+    if listen is None:
+        host, _, port = settings.node.raft.rpartition(":")
+        listen = (host.strip("[]"), int(port))
+    where = listen
+    return RaftNode(
+        settings, replica, lambda: _RealEnvironment(settings, data_dir, where, server_tls, client_tls)
+    )

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Protocol, TypeAlias
 
 from cluster.consensus import Applied, ProposalEnd, Refusal, Rejected, Unknown
@@ -317,11 +318,16 @@ class Proposals:
             batch = self._under_way[sequence]
             if batch.term < term:
                 self._take_back(batch)
+                self.pump_soon()
 
     def answer(self) -> None:
         answers, self._answers = self._answers, []
         for done, end in answers:
-            done(end)
+            if self._corrections.apply_before_answer:
+                with suppress(Exception):  # 21: what a caller does with its answer is no matter of the log
+                    done(end)
+            else:
+                done(end)
         if self._queue:
             self.pump_soon()
 
@@ -394,9 +400,9 @@ class Proposals:
                 self._queue.appendleft(item)
                 self._queue_bytes += len(item[0])
                 self._queue_due = min(self._queue_due, item[1])
+        # Not pumped at once: whoever refused would refuse again. The next tick, or the next leader, does.
         if self._guard.disk_full:
             self.refuse_queued(DISK_FULL)
-        self.pump_soon()
 
     def _end_all(self, waiting: Sequence[Waiting | None], end: ProposalEnd) -> None:
         for item in waiting:

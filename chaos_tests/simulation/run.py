@@ -1,0 +1,102 @@
+"""Run worlds from seeds: `python -m chaos_tests.simulation --seeds 1000`, or one of them again with `--seed N`.
+
+Owned here: one run from beginning to end, many runs on two processes, the summary, the replay command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+
+from chaos_tests.simulation import weather
+from chaos_tests.simulation.rig import Rig
+from chaos_tests.simulation.world import Result, ViolationError, World
+
+SETTLE_SECONDS = 20.0
+
+
+def kind_of(seed: int) -> str:
+    return weather.KINDS[seed % len(weather.KINDS)]
+
+
+def run(seed: int, seconds: float, rig: Rig | None = None) -> Result:
+    """One world: faults for `seconds` of virtual time, then peace, in which all must agree."""
+    kind = kind_of(seed)
+    chance = random.Random(seed)
+    size = 5 if chance.random() < (0.6 if kind == "members" else 0.3) else 3
+    world = World(seed, kind, rig if rig is not None else Rig(), size, weather.tuning(kind))
+    try:
+        weather.begin(world, kind, chance.choice([0.15, 0.4, 1.0]))
+        while world.clock.now < seconds:
+            world.clock.run_until(world.clock.now + 0.5)
+            world.check_callers()
+        weather.clear_up(world)
+        peace = world.clock.now
+        while world.clock.now < peace + SETTLE_SECONDS and not world.agreed():
+            world.clock.run_until(world.clock.now + 0.25)
+            world.check_callers()
+        world.check_end()
+    except ViolationError:
+        pass
+    return world.finish()
+
+
+def _run(arguments: tuple[int, float]) -> Result:
+    return run(*arguments)
+
+
+def run_many(seeds: Iterable[int], seconds: float, processes: int = 2) -> Iterator[Result]:
+    jobs = [(seed, seconds) for seed in seeds]
+    if processes == 1:
+        yield from map(_run, jobs)
+        return
+    with ProcessPoolExecutor(processes) as pool:
+        yield from pool.map(_run, jobs, chunksize=1)
+
+
+def summarise(results: list[Result], wall_seconds: float, seconds: float) -> str:
+    bites: Counter[str] = Counter()
+    for result in results:
+        bites.update(result.bites)
+    failed = [result for result in results if result.violations]
+    hours = sum(result.virtual_seconds for result in results) / 3600
+    lines = [
+        f"seeds {len(results)}   virtual hours {hours:.2f}   wall seconds {wall_seconds:.0f}",
+        f"writes acknowledged {sum(result.acknowledged for result in results)}   "
+        f"reads confirmed {sum(result.reads for result in results)}   "
+        f"terms led {sum(result.terms for result in results)}",
+        "what bit: " + ", ".join(f"{kind} {count}" for kind, count in sorted(bites.items())),
+        f"violations {len(failed)}",
+    ]
+    for result in failed:
+        lines.append(f"  seed {result.seed} ({result.weather}): {result.violations[0][:1500]}")
+        lines.append(f"    again: make simulate SEED={result.seed} SECONDS={seconds:g}")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=60, help="how many seeds, from --first on")
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--seed", type=int, help="this seed alone")
+    parser.add_argument("--seconds", type=float, default=60.0, help="virtual seconds of faults per seed")
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args()
+    seeds = (
+        [options.seed] if options.seed is not None else range(options.first, options.first + options.seeds)
+    )
+    began = time.monotonic()
+    results = []
+    for result in run_many(seeds, options.seconds, 1 if options.seed is not None else options.processes):
+        results.append(result)
+        if result.violations:
+            sys.stderr.write(f"seed {result.seed} ({result.weather}): {result.violations[0][:300]}\n")
+    if options.seed is not None:
+        sys.stdout.write(f"digest {results[0].digest}\n")
+    sys.stdout.write(summarise(results, time.monotonic() - began, options.seconds) + "\n")
+    return 1 if any(result.violations for result in results) else 0
