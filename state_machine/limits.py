@@ -46,7 +46,6 @@ REQUEST_ID_AHEAD_MS_MAX: Final = 10 * 60 * 1000
 
 GROUP_LOG_ENTRIES_MAX: Final = 1_000  # per group, oldest dropped first
 REVOCATIONS_MAX: Final = 1_000_000
-REPORTS_PER_PEER_MAX: Final = 64
 QUARANTINE_WITNESSES: Final = 3  # distinct members, none of them the peer's own user
 UNREACHABLE_WITNESSES: Final = 2  # distinct members; the peer's next announce brings it back
 SIGNING_KEYS_MAX: Final = 1_000

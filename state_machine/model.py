@@ -162,18 +162,18 @@ class State:
         self.revision = 0
         self.registration: Literal["open", "invitation"] = "open"
 
-        self.users: Table[User] = Table(1024)
+        self.users: Table[User] = Table()
         self.invitations: Table[Invitation] = Table(16)
         self.revoked_sessions: Nest[RevokedSession] = Nest()  # user, session id
-        self.groups: Table[Group] = Table(1024)
-        self.members: Nest[Member] = Nest(1024)  # group, user
+        self.groups: Table[Group] = Table()
+        self.members: Nest[Member] = Nest()  # group, user
         self.join_requests: Nest[JoinRequest] = Nest()  # group, user
-        self.group_logs: Table[GroupLog] = Table(1024)
-        self.files: Nest[File] = Nest(1024)  # group, name
+        self.group_logs: Table[GroupLog] = Table()
+        self.files: Nest[File] = Nest()  # group, name
         self.old_versions: Nest[OldVersion] = Nest()  # file key, manifest id
-        self.holdings: Nest[Holding] = Nest(1024)  # swarm key, peer id
-        self.peers: Table[Peer] = Table(1024)
-        self.leases: Table[int] = Table(1024)  # living peer: its renewal counter, a revision
+        self.holdings: Nest[Holding] = Nest()  # swarm key, peer id
+        self.peers: Table[Peer] = Table()
+        self.leases: Table[int] = Table()  # living peer: its renewal counter, a revision
         self.quarantines: Nest[Quarantine] = Nest()  # group, peer id
         self.witnesses: Nest[Witnesses] = Nest()  # group, peer id
         self.revocations: Nest[Revocation] = Nest()  # group, see `revocation_key`

@@ -5,6 +5,8 @@ kept, nothing shared with the product but the commands and the limits.
 rises when the model is not equal to what it was before.
 """
 
+# ruff: noqa: RET503  (falling off the end means "applied"; that is what keeps it readable)
+
 from __future__ import annotations
 
 import copy
@@ -345,7 +347,7 @@ class NaiveModel:
     def announce(self, a: c.Announcement) -> None:
         peer = self.peers.get(a.peer_id)
         if peer is None or peer.user != a.user:
-            return
+            return None
         if a.leaving:
             return self.gone(a.peer_id)
         before = copy.deepcopy((self.holdings, self.peers))

@@ -223,9 +223,7 @@ COMMANDS: st.SearchStrategy[c.AnyCommand] = st.one_of(
     st.builds(lambda a, at: c.AnnouncePeers(tuple(a), at), st.lists(_announcements(), max_size=3), _times),
     st.builds(lambda a, at: c.AnnouncePeers((a,), at), _announcements(), _times),
     st.builds(lambda p: c.RenewPeers(tuple(p)), st.lists(_peers, max_size=4)),
-    st.builds(
-        lambda p: c.ExpirePeers(tuple(p)), st.lists(st.tuples(_peers, _counters), max_size=6)
-    ),
+    st.builds(lambda p: c.ExpirePeers(tuple(p)), st.lists(st.tuples(_peers, _counters), max_size=6)),
     st.builds(c.ReportPeer, _groups, _names, _manifests, _peers, _faults, _users, _times),
     st.builds(c.LiftQuarantine, _groups, _peers, _users, _times),
     st.builds(
@@ -249,9 +247,7 @@ HISTORY: list[c.AnyCommand] = [
     _publish("g", "y", MANIFESTS[1], False, "ann", 6),
     c.AnnouncePeers(
         tuple(
-            c.Announcement(
-                PEERS[n], USERS[n], ("a:1",), (c.Fact("g", "x", MANIFESTS[0], 1, True),), True
-            )
+            c.Announcement(PEERS[n], USERS[n], ("a:1",), (c.Fact("g", "x", MANIFESTS[0], 1, True),), True)
             for n in range(2)
         ),
         7,

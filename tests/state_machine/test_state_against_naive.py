@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from state_naive import NaiveModel
-from state_worlds import COMMANDS, HISTORY, SESSIONS, copy_of, derived, digest_of, run, view
+from state_worlds import COMMANDS, HISTORY, SESSIONS, USERS, copy_of, derived, digest_of, run, view
 
 from state_machine import commands as c
 from state_machine import limits, queries
@@ -77,6 +77,55 @@ class MachineAgainstModel(RuleBasedStateMachine):
             for member in list(self.model.groups[h.group].members)[:3]:
                 self.both(c.ReportPeer(h.group, h.name, h.manifest, h.peer, fault, member.user, 1))
 
+    @precondition(lambda self: self.model.groups)
+    @rule(
+        data=st.data(),
+        kind=st.sampled_from([c.PromoteMember, c.PromoteMember, c.DemoteMember, c.TransferGroup]),
+    )
+    def owner_changes_a_role(self, data: st.DataObject, kind: Any) -> None:
+        group = data.draw(st.sampled_from(sorted(self.model.groups)))
+        members = [m.user for m in self.model.groups[group].members]
+        owner = next(m.user for m in self.model.groups[group].members if m.role == "owner")
+        self.both(kind(group, data.draw(st.sampled_from(members)), owner, data.draw(st.integers(0, 99))))
+
+    @precondition(lambda self: self.model.groups)
+    @rule(data=st.data())
+    def owner_leaves(self, data: st.DataObject) -> None:
+        group = data.draw(st.sampled_from(sorted(self.model.groups)))
+        owner = next(m.user for m in self.model.groups[group].members if m.role == "owner")
+        self.both(c.LeaveGroup(group, owner, 1, data.draw(st.integers(0, 99))))
+
+    @precondition(lambda self: self.model.groups)
+    @rule(data=st.data(), user=st.sampled_from(USERS))
+    def someone_joins(self, data: st.DataObject, user: str) -> None:
+        group = data.draw(st.sampled_from(sorted(self.model.groups)))
+        owner = next(m.user for m in self.model.groups[group].members if m.role == "owner")
+        self.both(c.RequestJoin(group, user, 1))
+        self.both(c.AcceptRequest(group, user, owner, 2))
+
+    @precondition(lambda self: self.model.holdings)
+    @rule(data=st.data(), again=st.booleans(), whole=st.booleans())
+    def announce_again(self, data: st.DataObject, again: bool, whole: bool) -> None:
+        """What a peer that changed nothing says: all it holds, or nothing new."""
+        peer = data.draw(st.sampled_from(self.model.holdings)).peer
+        facts = tuple(
+            c.Fact(h.group, h.name, h.manifest, h.pieces, h.complete)
+            for h in self.model.holdings
+            if h.peer == peer and (again or whole)
+        )
+        user = self.model.peers[peer].user
+        self.both(c.AnnouncePeers((c.Announcement(peer, user, (), facts, whole),), 1))
+
+    @precondition(lambda self: self.model.peers and any(g.files for g in self.model.groups.values()))
+    @rule(data=st.data(), pieces=st.integers(0, 1), complete=st.booleans())
+    def member_joins_a_swarm(self, data: st.DataObject, pieces: int, complete: bool) -> None:
+        group = data.draw(st.sampled_from([g for g, row in self.model.groups.items() if row.files]))
+        name = data.draw(st.sampled_from(sorted(self.model.groups[group].files)))
+        manifest = data.draw(st.sampled_from(sorted(self.model.versions(group, name))))
+        peer, row = data.draw(st.sampled_from(sorted(self.model.peers.items(), key=lambda item: item[0])))
+        fact = c.Fact(group, name, manifest, pieces, complete)
+        self.both(c.AnnouncePeers((c.Announcement(peer, row.user, (), (fact,)),), 1))
+
     @rule()
     def freeze(self) -> None:
         if len(self.held) < 2:
@@ -101,4 +150,4 @@ class MachineAgainstModel(RuleBasedStateMachine):
 
 
 TestMachineAgainstModel = MachineAgainstModel.TestCase
-TestMachineAgainstModel.settings = settings(max_examples=120, stateful_step_count=60, deadline=None)
+TestMachineAgainstModel.settings = settings(max_examples=100, stateful_step_count=60, deadline=None)
