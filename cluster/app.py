@@ -54,6 +54,10 @@ class NodeError(Exception):
     """The node cannot run, or had to end; the message says what, where and what to do. For people."""
 
 
+class NodeConflictError(NodeError):
+    """Another process holds what the node needs: its data folder, or its port."""
+
+
 @dataclass(frozen=True, slots=True)
 class Running:
     """What is told when the node serves."""
@@ -254,7 +258,7 @@ def _listen(address: HostPort) -> socket.socket:
     try:
         return socket.create_server((address.host, address.port), family=family, backlog=BACKLOG)
     except OSError as error:
-        raise NodeError(
+        raise NodeConflictError(
             f"cannot listen for users on {address}: {error.strerror or error}; stop what uses that port, or give "
             "another with --http"
         ) from error
@@ -274,7 +278,7 @@ def lock_folder(config: NodeConfig) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
-            raise NodeError(
+            raise NodeConflictError(
                 f"a node already runs on {config.data_dir}{f' (process {holder})' if holder else ''}; "
                 "one data folder is for one process"
             ) from None
