@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
 
+from peer.reports import Exit, TrimaranError
 from trimaran.output import Output
 from trimaran.settings import DEFAULTS, Common, usage
 from trimaran.wiring import as_operator
 
 if TYPE_CHECKING:
     from cluster.config import NodeConfig
+    from cluster.local import LocalCluster
 
 app = App(name="tracker", help="Start a cluster of trackers, and run its nodes.")
 
@@ -23,6 +25,50 @@ Http = Annotated[str, Parameter(metavar="HOST:PORT", help="Where it serves users
 Raft = Annotated[str, Parameter(metavar="HOST:PORT", help="Where it serves the other nodes.")]
 HttpListen = Annotated[str, Parameter(metavar="HOST:PORT", help="Where it listens for users, if elsewhere.")]
 RaftListen = Annotated[str, Parameter(metavar="HOST:PORT", help="Where it listens for nodes, if elsewhere.")]
+
+
+@app.command
+async def local(
+    *,
+    data_dir: Annotated[
+        str, Parameter(metavar="DIR", help="A folder for all nodes; found again the next time.")
+    ],
+    nodes: Annotated[int, Parameter(help="How many (3).")] = 3,
+    base_port: Annotated[int, Parameter(help="HTTP on it and the next ones, Raft 100 above (7000).")] = 7000,
+    common: Common = DEFAULTS,
+) -> None:
+    """Run a whole cluster on this machine: real processes on loopback. Ctrl-C stops them; a dead node stays dead."""
+    import asyncio
+
+    from cluster.local import LocalCluster, prepare
+    from trimaran.operating import remember_folder
+
+    out = Output.of(common)
+    folder = Path(data_dir).expanduser().absolute()
+
+    def died(node_id: str, code: int) -> None:
+        out.note(
+            f"The node {node_id} died ({_ending(code)}). By hand: trimaran tracker run --data-dir {folder / node_id}"
+        )
+
+    cluster = LocalCluster(
+        prepare(folder, nodes, base_port, insecure=common.insecure, environment=os.environ), died
+    )
+    try:
+        await cluster.start()
+        remember_folder(common, folder)
+        out.answer(cluster.document(), lambda: _tell(out, cluster))
+        await cluster.all_dead()
+    except asyncio.CancelledError:
+        return
+    finally:
+        await cluster.stop()
+    raise TrimaranError(
+        "All nodes have died.",
+        exit_code=Exit.CLUSTER_UNAVAILABLE,
+        code="all-dead",
+        hint="Start the same command again: what was acknowledged is there.",
+    )
 
 
 @app.command
@@ -124,6 +170,23 @@ async def invite(
     async with as_operator(common, operator or data_dir) as client:
         answer = await client.invite_node(node_id, raft, valid_seconds=valid_seconds)
     Output.of(common).answer({"invite": answer.invite, "revision": answer.revision}, answer.invite)
+
+
+def _tell(out: Output, cluster: LocalCluster) -> None:
+    out.table(
+        ("NODE", "USERS", "NODES", "PROCESS", "DATA"),
+        [(node.id, node.http, node.raft, node.pid, node.data_dir) for node in cluster.nodes],
+        empty="No nodes.",
+    )
+    ca = f" --ca {cluster.ca}" if cluster.ca is not None else " --insecure"
+    out.say(f"Ready. Peers use: --trackers {','.join(node.http for node in cluster.nodes)}{ca}")
+    out.say("Ctrl-C stops them.")
+
+
+def _ending(code: int) -> str:
+    import signal
+
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
 def _document(config: NodeConfig) -> dict[str, object]:
