@@ -7,6 +7,7 @@ it is asked first, with `membership`; whether the state is recent enough is the 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 import msgspec
 
@@ -45,11 +46,11 @@ class RequestInfo(msgspec.Struct, frozen=True):
 class FileInfo(msgspec.Struct, frozen=True):
     group: str
     name: str
-    kind: str
+    kind: Literal["file", "folder"]
     size_bytes: int
     pieces: int
     piece_bytes: int
-    algorithm: str
+    algorithm: Literal["sha256", "blake3"]
     manifest_id: str
     seeders: int
     leechers: int
