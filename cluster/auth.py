@@ -19,11 +19,12 @@ from argon2 import PasswordHasher, Type
 from argon2.exceptions import Argon2Error, InvalidHashError
 
 from cluster.api import problems as kinds
-from cluster.api.tokens import SessionClaims, TokenError, TokenFault, VerifyingKey, verify_session
+from cluster.api.tokens import SessionClaims, TokenError, TokenFault, verify_session
 from cluster.keys import KeyRing
 from cluster.problems import ProblemError
 from cluster.settings import ServiceSettings
 from state_machine.machine import StateMachine
+from state_machine.model import SigningKey
 
 _R = TypeVar("_R")
 _SESSIONS_CACHED_MAX: Final = 20_000
@@ -148,7 +149,7 @@ class Sessions:
         self._keys = keys
         self._wall_ms = wall_ms
         self._skew_ms = round(settings.skew_seconds * 1000)
-        self._verified: dict[str, tuple[SessionClaims, VerifyingKey]] = {}
+        self._verified: dict[str, tuple[SessionClaims, SigningKey | None]] = {}
 
     def check(self, authorization: str | None) -> SessionClaims:
         """Raises `ProblemError` unless it is a session that lives."""
@@ -168,7 +169,12 @@ class Sessions:
         now_ms = self._wall_ms()
         if known is not None:
             claims, key = known
-            if now_ms < claims.expires_at_ms and self._keys.get(claims.key_id) is key:
+            if (
+                now_ms < claims.expires_at_ms
+                and key is not None
+                and self._machine.state.signing_keys.get(claims.key_id) is key
+                and (key.valid_until_ms is None or now_ms < key.valid_until_ms)
+            ):
                 return claims
             del self._verified[token]
         try:
@@ -177,7 +183,7 @@ class Sessions:
             raise unauthenticated(_SAID.get(error.fault, "The session is not valid.")) from None
         if len(self._verified) >= _SESSIONS_CACHED_MAX:
             del self._verified[next(iter(self._verified))]
-        self._verified[token] = (claims, self._keys[claims.key_id])
+        self._verified[token] = (claims, self._machine.state.signing_keys.get(claims.key_id))
         return claims
 
     def lives(self, claims: SessionClaims) -> bool:

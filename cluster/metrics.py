@@ -6,11 +6,13 @@ for, from the state, the hub and consensus, so they cost nothing in between.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from bisect import bisect_left
+from collections.abc import Iterable
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from cluster.consensus import Role
@@ -22,51 +24,66 @@ if TYPE_CHECKING:
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
-class Metrics:
-    """One registry for one node: several nodes may live in one process (tests)."""
+class _Latency:
+    """A histogram of one route. Each slot counts what fell between two bounds."""
+
+    __slots__ = ("slots", "sum_seconds")
+
+    def __init__(self) -> None:
+        self.slots = [0] * (len(_SECONDS) + 1)
+        self.sum_seconds = 0.0
+
+
+class Metrics(Collector):
+    """Counts in plain dicts, for they are raised with every request; one registry for one node, for
+    several nodes may live in one process (tests)."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        self._requests = Counter(
-            "trimaran_http_requests", "Requests answered", ["route", "status"], registry=self._registry
-        )
-        self._latency = Histogram(
-            "trimaran_http_request_seconds",
-            "Time from the request's headers to its answer",
-            ["route"],
-            buckets=_SECONDS,
-            registry=self._registry,
-        )
-        self._proposals = Counter(
-            "trimaran_proposals", "Proposals by their end", ["end"], registry=self._registry
-        )
-        # Looking a child up by labels costs more than counting: each is looked up once.
-        self._counts: dict[tuple[str, int], Callable[[], None]] = {}
-        self._observe: dict[str, Callable[[float], None]] = {}
-        self._ends: dict[str, Callable[[], None]] = {}
+        self._registry.register(self)
+        self._requests: dict[tuple[str, int], int] = {}
+        self._latencies: dict[str, _Latency] = {}
+        self._proposals: dict[str, int] = {}
 
     def request(self, route: str, status: int, seconds: float) -> None:
         key = (route, status)
-        count = self._counts.get(key)
-        if count is None:
-            count = self._counts[key] = self._requests.labels(route, str(status)).inc
-        count()
-        observe = self._observe.get(route)
-        if observe is None:
-            observe = self._observe[route] = self._latency.labels(route).observe
-        observe(seconds)
+        self._requests[key] = self._requests.get(key, 0) + 1
+        latency = self._latencies.get(route)
+        if latency is None:
+            latency = self._latencies[route] = _Latency()
+        latency.slots[bisect_left(_SECONDS, seconds)] += 1
+        latency.sum_seconds += seconds
 
     def proposal(self, end: str) -> None:
-        count = self._ends.get(end)
-        if count is None:
-            count = self._ends[end] = self._proposals.labels(end).inc
-        count()
+        self._proposals[end] = self._proposals.get(end, 0) + 1
 
     def attach(self, service: Service) -> None:
         self._registry.register(_Gauges(service))
 
     def text(self) -> bytes:
         return generate_latest(self._registry)
+
+    def collect(self) -> Iterable[Metric]:
+        requests = CounterMetricFamily(
+            "trimaran_http_requests", "Requests answered", labels=["route", "status"]
+        )
+        for (route, status), count in self._requests.items():
+            requests.add_metric([route, str(status)], count)
+        yield requests
+        latencies = HistogramMetricFamily(
+            "trimaran_http_request_seconds",
+            "Time from the request's headers to its answer",
+            labels=["route"],
+        )
+        for route, latency in self._latencies.items():
+            totals = list(accumulate(latency.slots))
+            bounds = [*(str(bound) for bound in _SECONDS), "+Inf"]
+            latencies.add_metric([route], list(zip(bounds, totals, strict=True)), latency.sum_seconds)
+        yield latencies
+        proposals = CounterMetricFamily("trimaran_proposals", "Proposals by their end", labels=["end"])
+        for end, count in self._proposals.items():
+            proposals.add_metric([end], count)
+        yield proposals
 
 
 class _Gauges(Collector):

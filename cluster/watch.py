@@ -53,6 +53,7 @@ _HINTS: Final[dict[Cut, str]] = {
 }
 _BROAD: Final = ("", "/groups", "/users")
 _EVENT_BYTES: Final = 200  # what an event costs in memory beside its value, about
+_FIELD_BYTES: Final = 120  # what a field of its value costs
 
 
 class Sink(Protocol):
@@ -152,7 +153,9 @@ class Hub:
             self._on_revision()
 
     def _keep(self, change: Change) -> None:
-        size = sum(_EVENT_BYTES + 2 * len(event.path) + _value_bytes(event.value) for event in change.events)
+        size = 0
+        for event in change.events:  # about; counting exactly would cost more than it tells
+            size += _EVENT_BYTES + 2 * len(event.path) + _FIELD_BYTES * len(event.value or ())
         self._kept.append((change, size))
         self._kept_bytes += size
         settings = self._settings
@@ -351,10 +354,3 @@ def _discard(index: dict[str, set[Watcher]], key: str, watcher: Watcher) -> None
         watchers.discard(watcher)
         if not watchers:
             del index[key]
-
-
-def _value_bytes(value: object) -> int:
-    """About what a value takes; counting exactly would cost more than it tells."""
-    if isinstance(value, dict):
-        return sum(64 + len(item) if isinstance(item, str) else 64 for item in value.values())
-    return 64

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cluster.api import problems as kinds
 from cluster.api import types as t
@@ -25,10 +25,20 @@ def no_file(call: Call) -> ProblemError:
 
 
 def _view(info: FileInfo) -> t.FileView:
-    fields: dict[str, Any] = {
-        name: getattr(info, name) for name in t.FileView.__struct_fields__ if name != "shared_at"
-    }
-    return t.FileView(shared_at=rfc3339(info.shared_ms), **fields)
+    return t.FileView(
+        group=info.group,
+        name=info.name,
+        kind=info.kind,
+        size_bytes=info.size_bytes,
+        pieces=info.pieces,
+        piece_bytes=info.piece_bytes,
+        algorithm=info.algorithm,
+        manifest_id=info.manifest_id,
+        seeders=info.seeders,
+        leechers=info.leechers,
+        shared_by=info.shared_by,
+        shared_at=rfc3339(info.shared_ms),
+    )
 
 
 async def list_files(service: Service, call: Call) -> t.FilesAnswer:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Protocol
 
 from cluster.consensus import ConsensusStartError
-from cluster.raft.kill_points import KillPoints
+from cluster.raft.kill_points import FOLDER, KillPoints
 
 
 class DiskFullError(OSError):
@@ -197,7 +197,9 @@ class FolderDisk:
         self._kill.after(new, "rename")
 
     def sync_folder(self) -> None:
+        self._kill.before(FOLDER, "sync")
         os.fsync(self._folder_descriptor)
+        self._kill.after(FOLDER, "sync")
 
     def close(self) -> None:
         """Give the folder free. The journal and the snapshots on it must be closed before."""

@@ -1,10 +1,8 @@
 """Ends the process at a chosen step of disk work, so that tests can be as unkind as a power cut is.
 
 Owned here: the environment variable `TRIMARAN_KILL_POINT=name[:nth]` and how a step is named:
-`<area>.<step>.<before|after>`, with `area` one of `journal`, `head`, `snapshot`, `receive` and `step` one of
-`create`, `append`, `sync`, `rename`, `remove`, `truncate`; and `<area>.append`, which writes half of the data
-first. The table is in `docs/reference/kill-points.md`. Only the real disk asks here; without the
-variable a step costs one comparison.
+`<area>.<step>.<before|after>`, and `<area>.append`, which leaves half of the data behind. The table is in
+`docs/reference/kill-points.md`. Only the real disk asks here; without the variable a step costs one comparison.
 """
 
 from __future__ import annotations
@@ -15,18 +13,30 @@ from collections.abc import Mapping
 VARIABLE = "TRIMARAN_KILL_POINT"
 EXIT_STATUS = 137  # as after SIGKILL
 
-AREAS = ("journal", "head", "snapshot", "receive")
-STEPS = ("create", "append", "sync", "rename", "remove", "truncate")
+_STEPS = {
+    "journal": ("create", "append", "sync", "truncate", "remove"),
+    "head": ("create", "truncate", "append", "sync", "rename"),
+    "snapshot": ("create", "truncate", "append", "sync", "rename", "remove"),
+    "receive": ("create", "truncate", "append", "sync", "remove"),
+    "folder": ("sync",),
+}
+FOLDER = "folder"
 
 
 def kill_point_names() -> list[str]:
     """Every name the variable accepts."""
-    return [f"{area}.append" for area in AREAS] + [
-        f"{area}.{step}.{when}" for area in AREAS for step in STEPS for when in ("before", "after")
-    ]
+    names = []
+    for area, steps in _STEPS.items():
+        for step in steps:
+            if step == "append":
+                names.append(f"{area}.append")
+            names += [f"{area}.{step}.before", f"{area}.{step}.after"]
+    return names
 
 
 def area_of(file_name: str) -> str:
+    if file_name == FOLDER:
+        return FOLDER
     if file_name.startswith("journal.head"):
         return "head"
     if file_name.startswith("snapshot-"):
@@ -46,6 +56,8 @@ class KillPoints:
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> KillPoints:
         name, _, nth = environment.get(VARIABLE, "").partition(":")
+        if nth and not nth.isdecimal():
+            raise ValueError(f"{VARIABLE}: {nth!r} is no number")
         return cls(name, int(nth or 1))
 
     def before(self, file_name: str, step: str) -> None:
