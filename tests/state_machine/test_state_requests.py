@@ -156,6 +156,7 @@ def test_pruning_folds_old_callers_into_one_floor(monkeypatch: pytest.MonkeyPatc
 
 
 # A client that retries every request an arbitrary number of times, in any order, through snapshots.
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["ann", "bob"]), st.integers(1, 12), st.booleans()), max_size=60))
 def test_no_request_is_ever_executed_twice(asked: list[tuple[str, int, bool]]) -> None:
     usual, limits.REQUESTS_KEPT_MAX = limits.REQUESTS_KEPT_MAX, 3
