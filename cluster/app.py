@@ -220,7 +220,8 @@ class _Environment:
         self._config = config
         self._cluster_id = cluster_id
         self._identity = identity
-        self.disk: Disk = FolderDisk(config.folder.raft)
+        self._folder = FolderDisk(config.folder.raft)
+        self.disk: Disk = self._folder
         loop = asyncio.get_running_loop()
         self._syncer = ThreadSyncer(loop.call_soon_threadsafe)
         self.runtime: Runtime = AsyncioRuntime(self._syncer, loop)
@@ -250,7 +251,7 @@ class _Environment:
 
     def close(self) -> None:
         self._syncer.close()
-        self.disk.close()
+        self._folder.close()
 
 
 def _listen(address: HostPort) -> socket.socket:
