@@ -11,6 +11,7 @@ terminal.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from peer.reports import TrimaranError
 
     from .settings import Common
+
+
+_NUMBER = re.compile(r"\d+(\.\d+)?( ?([KMGT]i)?B(/s)?|%)?")
 
 
 def sized(count_bytes: float) -> str:
@@ -117,7 +121,7 @@ class Output:
 
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
         for index, head in enumerate(heads):
-            numeric = all(row[index][:1].isdigit() for row in listed)
+            numeric = all(_NUMBER.fullmatch(row[index]) for row in listed)
             table.add_column(head, justify="right" if numeric else "left", no_wrap=True, overflow="ellipsis")
         for row in listed:
             table.add_row(*(Text(cell) for cell in row))

@@ -218,6 +218,9 @@ def peer_settings(
             "Name the cluster's nodes once with --trackers URL,URL,URL (or TRIMARAN_TRACKERS), "
             "or start a cluster on this machine: trimaran tracker local --data-dir DIR",
         )
+    plain = [url for url in trackers if url.startswith("http:")]
+    if plain and not common.insecure:
+        usage(f"{plain[0]} is not encrypted.", "Use https, or allow plain HTTP with --insecure.")
     known: dict[str, Any] = {}
     if listen:
         host_and_port(listen, "--listen")

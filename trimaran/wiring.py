@@ -37,9 +37,10 @@ class SignedIn:
 @asynccontextmanager
 async def peer_session(common: Common, settings: PeerSettings | None = None) -> AsyncIterator[PeerSession]:
     """The running `peer run` of this home when there is one, else an engine in this process."""
+    settings = settings or peer_settings(common)
     from peer.session import open_session
 
-    session = await open_session(settings or peer_settings(common))
+    session = await open_session(settings)
     try:
         yield session
     finally:

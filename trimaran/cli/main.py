@@ -95,7 +95,14 @@ def run_async(work: Awaitable[Any]) -> Any:
     async def until_done() -> Any:
         task = asyncio.current_task()
         assert task is not None
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        loop = asyncio.get_running_loop()
+
+        def end() -> None:
+            # Once: supervisors repeat SIGTERM, and the tidying up must not be cancelled as well.
+            loop.add_signal_handler(signal.SIGTERM, lambda: None)
+            task.cancel()
+
+        loop.add_signal_handler(signal.SIGTERM, end)
         return await work
 
     coroutine: Coroutine[Any, Any, Any] = until_done()
