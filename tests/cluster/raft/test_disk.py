@@ -183,11 +183,14 @@ async def test_a_journal_and_a_snapshot_on_the_real_disk(tmp_path: Path) -> None
 
 
 @pytest.fixture(scope="module")
-def processes() -> ForkServerContext:
+def processes() -> Iterator[ForkServerContext]:
     """Processes that need not import everything anew."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["disk_life"])
-    return context
+    with pytest.MonkeyPatch.context() as patch:
+        # 3.11's fork server looks for what it is to preload on the environment's path only.
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        context.set_forkserver_preload(["disk_life"])
+        yield context
 
 
 @pytest.fixture
