@@ -172,7 +172,7 @@ class Trimaran(Cluster):
     def start(self) -> None:
         ports = free_ports(1)
         command = [
-            sys.executable, "-m", "trimaran.cli.main", "tracker", "local", "--nodes", "3", "--data-dir", str(self.folder / "trimaran"),
+            sys.executable, "-m", "trimaran", "tracker", "local", "--nodes", "3", "--data-dir", str(self.folder / "trimaran"),
             "--base-port", str(ports[0]), "--insecure", "--json",
         ]  # fmt: skip
         self._launcher = Process(command, self.folder / "trimaran.log")
@@ -215,7 +215,7 @@ class Trimaran(Cluster):
         command = [
             sys.executable,
             "-m",
-            "trimaran.cli.main",
+            "trimaran",
             "tracker",
             "run",
             "--data-dir",

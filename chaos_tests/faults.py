@@ -301,7 +301,7 @@ async def torn_tail(rig: Rig, chance: random.Random, running: Running) -> None:
 
 async def flipped_bit(rig: Rig, chance: random.Random, running: Running) -> None:
     """Damage in the middle of a journal: the node must refuse to start, and come back as a new one."""
-    node = chance.choice(rig.node_ids)
+    node = chance.choice(rig.node_ids[1:])  # the first keeps the CA, without which nobody is invited
     running.target = node
     await rig.kill(node)
     damaged = rig.flip_bit(node, chance)
@@ -316,7 +316,7 @@ async def flipped_bit(rig: Rig, chance: random.Random, running: Running) -> None
 
 async def missing_folder(rig: Rig, chance: random.Random, running: Running) -> None:
     """A node that lost its data folder may not vote as its old self: it is removed and added as new."""
-    node = chance.choice(rig.node_ids)
+    node = chance.choice(rig.node_ids[1:])  # the first keeps the CA, without which nobody is invited
     running.target = node
     running.bit = await rig.kill(node)
     await rig.replace(node)

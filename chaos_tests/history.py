@@ -63,6 +63,7 @@ class Sample(msgspec.Struct, kw_only=True):
     role: str
     term: int
     revision: int = 0
+    remembered: int = 0  # outcomes kept: a refusal is remembered too, and does not raise the revision
     digest: str = ""
     leader: str | None = None
 

@@ -32,7 +32,7 @@ from chaos_tests.proxy import Direction, Link
 from chaos_tests.ways import Way
 
 START_SECONDS = 20.0
-CLI = [sys.executable, "-m", "trimaran.cli.main"]
+CLI = [sys.executable, "-m", "trimaran"]
 SMALL_DISK_BYTES = 96 << 20
 
 
@@ -248,7 +248,7 @@ class Rig:
         node = self.nodes[node_id]
         await self.kill(node_id)
         self._generation += 1
-        helper = next(other for other in self.node_ids if other != node_id and self.nodes[other].alive)
+        helper = self.node_ids[0]
         for entry in node.folder.iterdir():
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         urls = ",".join(f"https://127.0.0.1:{n.http}" for n in self.nodes.values() if n.node_id != node_id)

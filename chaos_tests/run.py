@@ -96,6 +96,8 @@ async def run(
         for node in rig.node_ids:
             await rig.start(node)
         recorder.history.healed_ns = recorder.now_ns()
+        await asyncio.sleep(3.0)  # the users go on for a moment after the faults, then rest
+        world.stopping.set()
         await _settle(rig, recorder, downloads)
     finally:
         stop_reading.set()

@@ -20,7 +20,7 @@ from chaos_tests.client import Api
 from chaos_tests.history import FOREVER_NS, Fault, Life, Presence, Recorder, Transfer
 from chaos_tests.workload import PASSWORD
 
-CLI = [sys.executable, "-m", "trimaran.cli.main"]
+CLI = [sys.executable, "-m", "trimaran"]
 ROOT = Path(__file__).parents[1]
 
 

@@ -16,7 +16,7 @@ from benchmarks.hosts import Host
 from benchmarks.processes import Process, free_ports, wait_until
 from peer.reports import PeerSession, PeerSettings, Progress
 
-TRIMARAN = [sys.executable, "-m", "trimaran.cli.main"]
+TRIMARAN = [sys.executable, "-m", "trimaran"]
 USER, PASSWORD, GROUP, NAME = "bench", "a long enough password", "bench", "it"
 
 

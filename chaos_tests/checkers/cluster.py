@@ -31,12 +31,12 @@ def check_leaders(samples: list[Sample]) -> Verdict:
 
 def check_digests(samples: list[Sample]) -> Verdict:
     name = "equal digests at equal revisions"
-    digests: dict[int, Sample] = {}
+    digests: dict[tuple[int, int], Sample] = {}
     compared = 0
     for sample in samples:
         if not sample.digest:
             continue
-        known = digests.setdefault(sample.revision, sample)
+        known = digests.setdefault((sample.revision, sample.remembered), sample)
         compared += known is not sample
         if known.digest != sample.digest:
             return violated(
