@@ -17,11 +17,16 @@ from __future__ import annotations
 import asyncio
 import re
 import ssl
+from collections import deque
 from collections.abc import Callable
 from typing import Literal
 from urllib.parse import urlsplit
 
 from msgspec import Struct
+
+from cluster.api.certificates import SSLInfo
+
+from .pacer import Pacer, take_all
 
 HEAD_BYTES_MAX = 8 * 1024
 ANSWER_BYTES_MAX = 8 * 1024  # of a body that is not what was asked for: an error's explanation
@@ -72,10 +77,8 @@ class Endpoint(Struct, frozen=True):
 
 # Returns where the body goes: exactly `head.length` bytes. Raises FetchFault to refuse it.
 Landing = Callable[[Head], memoryview]
-# How many seconds to stop reading after that many bytes more.
-Debit = Callable[[int], float]
-# Checks the certificate of a TLS transport and returns its peer_id.
-Identify = Callable[[ssl.SSLObject], str]
+# The peer_id that a verified TLS connection proves; None: no peer's certificate.
+Identify = Callable[[SSLInfo | None], str | None]
 
 
 def parse_head(data: bytes) -> Head:
@@ -119,8 +122,8 @@ def parse_head(data: bytes) -> Head:
 class Line(asyncio.BufferedProtocol):
     """One connection to a peer, carrying one request at a time."""
 
-    def __init__(self, debit: Debit | None) -> None:
-        self._debit = debit
+    def __init__(self) -> None:
+        self.pacers: list[Pacer] = []
         self._loop = asyncio.get_running_loop()
         self._headbuf = bytearray(HEAD_BYTES_MAX)
         self._headview = memoryview(self._headbuf)
@@ -149,7 +152,7 @@ class Line(asyncio.BufferedProtocol):
         if self._head is None:
             return self._headview[self._filled :]
         rest = self._body[self._at :]
-        return rest[:LIMITED_READ_BYTES] if self._debit is not None else rest
+        return rest[:LIMITED_READ_BYTES] if self._limited() else rest
 
     def buffer_updated(self, count: int) -> None:
         self.progress_at = self._loop.time()
@@ -166,9 +169,16 @@ class Line(asyncio.BufferedProtocol):
             return
         if self.on_bytes is not None:
             self.on_bytes(count)
-        if self._debit is not None and (seconds := self._debit(count)) > 0 and self.transport is not None:
+        if (
+            self._limited()
+            and (seconds := take_all(self.pacers, count, self.progress_at)) > 0
+            and self.transport is not None
+        ):
             self.transport.pause_reading()
             self._loop.call_later(seconds, self._resume)
+
+    def _limited(self) -> bool:
+        return any(pacer.bytes_per_second for pacer in self.pacers)
 
     def eof_received(self) -> bool:
         return False
@@ -263,18 +273,16 @@ class Line(asyncio.BufferedProtocol):
 
 
 class Fetcher:
-    """Connections to all peers. `debit` paces all of them together; None: as fast as they come."""
+    """Connections to all peers."""
 
     def __init__(
         self,
         *,
         tls: Callable[[], ssl.SSLContext] | None = None,
         identify: Identify | None = None,
-        debit: Callable[[], Debit | None] = lambda: None,
     ) -> None:
         self._tls = tls
         self._identify = identify
-        self._debit = debit
         self._idle: dict[str, list[tuple[float, Line]]] = {}
         self._busy: set[Line] = set()
         self._good: dict[str, str] = {}  # peer_id -> the address that answered last
@@ -288,8 +296,10 @@ class Fetcher:
         landing: Landing,
         *,
         on_bytes: Callable[[int], None] | None = None,
+        pacers: list[Pacer] | None = None,
     ) -> Reply:
-        """One request to a peer, on a kept connection if there is one. Raises FetchFault.
+        """One request to a peer, on a kept connection if there is one, read no faster than the pacers allow.
+        Raises FetchFault.
 
         A kept connection may have been closed by the peer meanwhile: then, and only if not one byte of
         an answer came, the request is made again on a new one (all requests here are free of effect).
@@ -301,12 +311,16 @@ class Fetcher:
                 line = await self._connect(endpoint)
             self._busy.add(line)
             line.on_bytes = on_bytes
+            line.pacers = pacers or []
             try:
                 reply = await line.ask(request, landing)
             except FetchFault as fault:
                 if fresh or fault.kind != "broken" or line.answered:
                     raise
                 continue
+            except BaseException:
+                line.abort()  # cancelled: nobody will use it again
+                raise
             finally:
                 line.on_bytes = None
                 self._busy.discard(line)
@@ -356,9 +370,9 @@ class Fetcher:
             except (OSError, ValueError, TimeoutError, ssl.SSLError) as error:
                 trouble = f"{address}: {str(error) or type(error).__name__}"
                 continue
-            if (found := self._peer_id(line)) not in (None, endpoint.peer_id):
+            if not self._proves(line, endpoint.peer_id):
                 line.abort()
-                trouble = f"{address}: another peer ({found}) answers there"
+                trouble = f"{address}: another peer answers there"
                 continue
             self._good[endpoint.peer_id] = address
             return line
@@ -373,7 +387,7 @@ class Fetcher:
             raise ValueError("TLS on one side only")
         loop = asyncio.get_running_loop()
         _, line = await loop.create_connection(
-            lambda: Line(self._debit()),
+            Line,
             parts.hostname,
             parts.port,
             ssl=self._tls() if self._tls is not None else None,
@@ -381,10 +395,11 @@ class Fetcher:
         )
         return line
 
-    def _peer_id(self, line: Line) -> str | None:
-        assert line.transport is not None
-        tls = line.transport.get_extra_info("ssl_object")
-        return None if tls is None or self._identify is None else self._identify(tls)
+    def _proves(self, line: Line, peer_id: str) -> bool:
+        """Whether the peer at the other end is the one that was meant. Without TLS there is no telling."""
+        if self._identify is None or line.transport is None:
+            return True
+        return self._identify(line.transport.get_extra_info("ssl_object")) == peer_id
 
     async def _sweep(self) -> None:
         loop = asyncio.get_running_loop()
@@ -415,6 +430,32 @@ class BufferPool:
         self.out_bytes = 0
         self._free: dict[int, list[bytearray]] = {}
         self._free_bytes = 0
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    async def acquire(self, size: int) -> bytearray:
+        """`take`, waiting for room in the order of asking."""
+        buffer = None if self._waiting else self.take(size)
+        while buffer is None:
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting.append(waiter)
+            try:
+                await waiter
+            except asyncio.CancelledError:
+                self._wake()
+                raise
+            finally:
+                if waiter in self._waiting:
+                    self._waiting.remove(waiter)
+            buffer = self.take(size)
+        if self._waiting:
+            self._wake()  # there may be room for one more
+        return buffer
+
+    def _wake(self) -> None:
+        for waiter in self._waiting:
+            if not waiter.done():
+                waiter.set_result(None)
+                return
 
     def take(self, size: int) -> bytearray | None:
         """A buffer of exactly `size` bytes, or None while there is no room."""
@@ -436,3 +477,4 @@ class BufferPool:
         self.out_bytes -= len(buffer)
         self._free.setdefault(len(buffer), []).append(buffer)
         self._free_bytes += len(buffer)
+        self._wake()

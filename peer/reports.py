@@ -211,8 +211,9 @@ class PeerSession(Protocol):
     async def ps(self) -> list[PsRow]: ...
     async def limits(self, change: Limits | None) -> Limits: ...
 
-    async def serve_forever(self) -> None:
-        """Share what was shared before, resume what was unfinished, answer the socket; until cancelled."""
+    async def serve_forever(self, on_ready: Callable[[], None] | None = None) -> None:
+        """Share what was shared before, resume what was unfinished, answer the socket; until cancelled.
+        `on_ready` is called once all that has begun and `listen_address` is known."""
 
     @property
     def listen_address(self) -> str: ...

@@ -1,0 +1,459 @@
+"""The live link: one WebSocket for each pair of peers in each swarm, over which they tell each other what they have.
+
+Owned here: opening and accepting links, who may (both sides show a token for the group), one link for each pair,
+news batched and written without waiting for slow readers, peer exchange within the group, renewed tokens, and
+closing links whose right is gone. Left to others: what follows from the news (`downloads.py`, `sender.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import ssl
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Final, Protocol
+
+import aiohttp
+from aiohttp import web
+
+from cluster.api.certificates import peer_id_of
+from cluster.api.tokens import Claims
+
+from .access import Access, AccessRefusedError
+from .bitmap import BitmapError, Mask, from_wire, to_wire, without
+from .fetch import Endpoint
+from .frames import (
+    PEX_PEERS_MAX,
+    Frame,
+    FrameError,
+    GoneFrame,
+    HaveFrame,
+    Hello,
+    LoadFrame,
+    PexFrame,
+    PexPeer,
+    PingFrame,
+    PongFrame,
+    TokenFrame,
+    decode,
+    encode,
+    frame_bytes_max,
+    have_frame,
+    have_mask,
+)
+from .swarm import Swarm, Swarms
+
+LINKS_PER_SWARM_MAX: Final = 256
+FRAMES_WAITING_MAX: Final = 512
+OPEN_SECONDS: Final = 5.0
+HELLO_SECONDS: Final = 5.0
+TALK_SECONDS: Final = 3.0  # between pings, and between declarations of load
+NEWS_SECONDS: Final = (
+    0.004  # one link's batch; more links, longer batches: the cost of news grows with their square
+)
+NEWS_SECONDS_PER_LINK: Final = 0.002
+NEWS_SECONDS_MAX: Final = 0.08
+
+WebSocket = web.WebSocketResponse | aiohttp.ClientWebSocketResponse
+
+
+class LinkEvents(Protocol):
+    """Who wants to know. Called on the event loop; must not block or raise."""
+
+    def link_up(self, swarm: Swarm, link: Link) -> None: ...
+    def link_down(self, swarm: Swarm, peer_id: str, *, reached: bool, leaving: bool) -> None: ...
+    def link_have(self, swarm: Swarm, link: Link, new: Mask) -> None: ...
+    def link_load(self, swarm: Swarm, link: Link, load: LoadFrame) -> None: ...
+    def link_latency(self, swarm: Swarm, link: Link, seconds: float) -> None: ...
+    def link_pex(self, swarm: Swarm, link: Link, peers: list[PexPeer]) -> None: ...
+
+
+class LinkRefusedError(Exception):
+    """The other side is not who it must be, or may not take part."""
+
+
+class Link:
+    """One side of a link. `have` is what the other side said it has."""
+
+    def __init__(
+        self, socket: WebSocket, claims: Claims, hello: Hello, have: Mask, *, opened_here: bool
+    ) -> None:
+        self.peer_id = hello.peer_id
+        self.group = claims.group
+        self.user = claims.user
+        self.claims = claims
+        self.addresses = tuple(hello.addresses)
+        self.have = have
+        self.opened_here = opened_here
+        self.leaving = False
+        self._socket = socket
+        self._waiting: deque[bytes] = deque()
+        self._wake = asyncio.Event()
+        self._pings: dict[int, float] = {}
+        self._ping = 0
+        self._writer = asyncio.create_task(self._write())
+
+    def send(self, data: bytes) -> None:
+        """Queue a frame. A reader that lets too many pile up is cut off: it would act on old news."""
+        if len(self._waiting) >= FRAMES_WAITING_MAX:
+            self.close()
+            return
+        self._waiting.append(data)
+        self._wake.set()
+
+    def ping(self) -> None:
+        self._ping += 1
+        self._pings = {self._ping: asyncio.get_running_loop().time()}
+        self.send(encode(PingFrame(self._ping)))
+
+    def pong(self, number: int) -> float | None:
+        sent = self._pings.pop(number, None)
+        return None if sent is None else asyncio.get_running_loop().time() - sent
+
+    def close(self) -> None:
+        self._writer.cancel()
+
+    async def _write(self) -> None:
+        try:
+            while True:
+                while self._waiting:
+                    await self._socket.send_bytes(self._waiting.popleft())
+                self._wake.clear()
+                await self._wake.wait()
+        except (ConnectionError, aiohttp.ClientError, RuntimeError):
+            return
+        finally:
+            closing = asyncio.ensure_future(_close(self._socket))
+            _closings.add(closing)
+            closing.add_done_callback(_closings.discard)
+
+
+_closings: set[asyncio.Future[None]] = set()
+
+
+async def _close(socket: WebSocket) -> None:
+    try:
+        async with asyncio.timeout(1.0):
+            await socket.close()
+    except (TimeoutError, ConnectionError, aiohttp.ClientError, RuntimeError):
+        return
+
+
+class Links:
+    """All links of this peer."""
+
+    def __init__(
+        self,
+        *,
+        peer_id: str,
+        swarms: Swarms,
+        access: Access,
+        events: LinkEvents,
+        token: Callable[[str], str | None],
+        addresses: Callable[[], Iterable[str]],
+        load: Callable[[], LoadFrame],
+        tls: Callable[[], ssl.SSLContext] | None,
+    ) -> None:
+        self._peer_id = peer_id
+        self._swarms = swarms
+        self._access = access
+        self._events = events
+        self._token = token
+        self._addresses = addresses
+        self._load = load
+        self._tls = tls
+        self._opening: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._news: dict[str, Mask] = {}
+        self._http: aiohttp.ClientSession | None = None
+        self._talker: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        self._http = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, force_close=True),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            timeout=aiohttp.ClientTimeout(total=None, connect=OPEN_SECONDS, sock_connect=OPEN_SECONDS),
+            trust_env=False,
+        )
+        self._talker = asyncio.create_task(self._talk())
+
+    async def stop(self) -> None:
+        if self._talker is not None:
+            self._talker.cancel()
+        for swarm in self._swarms:
+            self.leave(swarm, "this peer is stopping")
+        for opening in list(self._opening.values()):
+            opening.cancel()
+        await asyncio.gather(*self._opening.values(), return_exceptions=True)
+        await asyncio.sleep(0.02)  # the farewells' own turns
+        if self._http is not None:
+            await self._http.close()
+
+    # --- opening and accepting ------------------------------------------------------------------
+
+    def open(self, swarm: Swarm, group: str, endpoint: Endpoint) -> None:
+        """Open a link, unless there is one; answered by `link_up` or `link_down`."""
+        key = (swarm.manifest_id, endpoint.peer_id)
+        if key in self._opening or endpoint.peer_id == self._peer_id:
+            return
+        if (link := swarm.links.get(endpoint.peer_id)) is not None:
+            self._events.link_up(swarm, link)
+            return
+        task = asyncio.create_task(self._open(swarm, group, endpoint))
+        self._opening[key] = task
+        task.add_done_callback(lambda _: self._opening.pop(key, None))
+
+    async def _open(self, swarm: Swarm, group: str, endpoint: Endpoint) -> None:
+        reached = False
+        for address in endpoint.addresses:
+            try:
+                async with asyncio.timeout(OPEN_SECONDS + HELLO_SECONDS):
+                    link = await self._dial(swarm, group, endpoint.peer_id, address)
+            except LinkRefusedError:
+                reached = True
+                continue
+            except aiohttp.WSServerHandshakeError:
+                reached = True
+                continue
+            except (OSError, aiohttp.ClientError, TimeoutError, ValueError):
+                continue
+            await self._run(swarm, link)
+            return
+        if endpoint.peer_id not in swarm.links:
+            self._events.link_down(swarm, endpoint.peer_id, reached=reached, leaving=False)
+
+    async def _dial(self, swarm: Swarm, group: str, peer_id: str, address: str) -> Link:
+        token = self._token(group)
+        if token is None or self._http is None:
+            raise LinkRefusedError("there is no token to show")
+        socket = await self._http.ws_connect(
+            f"{address}/v1/swarms/{swarm.manifest_id}/link",
+            headers={"Authorization": f"Bearer {token}"},
+            ssl=self._tls() if self._tls is not None else True,
+            max_msg_size=frame_bytes_max(swarm.manifest.pieces),
+            heartbeat=20.0,
+            compress=0,
+        )
+        try:
+            proved = peer_id if self._tls is None else peer_id_of(socket.get_extra_info("ssl_object"))
+            if proved != peer_id:
+                raise LinkRefusedError("another peer answers there")
+            said = swarm.have
+            await socket.send_bytes(encode(self._hello(swarm, token)))
+            hello = await _first(socket)
+            return self._greeted(swarm, socket, hello, peer_id, group, said, opened_here=True)
+        except BaseException:
+            await _close(socket)
+            raise
+
+    async def accept(self, request: web.Request, swarm: Swarm, claims: Claims) -> web.StreamResponse:
+        """The server's side: the caller's token was checked."""
+        if len(swarm.links) >= LINKS_PER_SWARM_MAX or not self._wins(
+            swarm, claims.peer_id, opened_here=False
+        ):
+            return web.Response(status=409, text="there is a link already, or too many")
+        token = self._token(claims.group)
+        if token is None:
+            return web.Response(status=503, text="this peer has no token of its own now")
+        socket = web.WebSocketResponse(
+            heartbeat=20.0, max_msg_size=frame_bytes_max(swarm.manifest.pieces), compress=False
+        )
+        await socket.prepare(request)
+        try:
+            said = swarm.have
+            await socket.send_bytes(encode(self._hello(swarm, token)))
+            async with asyncio.timeout(HELLO_SECONDS):
+                hello = await _first(socket)
+            link = self._greeted(swarm, socket, hello, claims.peer_id, claims.group, said, opened_here=False)
+        except (LinkRefusedError, TimeoutError, ConnectionError):
+            await _close(socket)
+            return socket
+        await self._run(swarm, link)
+        return socket
+
+    def _hello(self, swarm: Swarm, token: str) -> Hello:
+        return Hello(
+            self._peer_id, token, list(self._addresses()), to_wire(swarm.have, swarm.manifest.pieces)
+        )
+
+    def _wins(self, swarm: Swarm, peer_id: str, *, opened_here: bool) -> bool:
+        """Whether a new link takes the place of an old one: when both sides dial at once, both keep the link that
+        the lower peer_id opened."""
+        old = swarm.links.get(peer_id)
+        if old is None or old.opened_here is opened_here:
+            return True
+        return (self._peer_id < peer_id) is opened_here
+
+    def _greeted(
+        self,
+        swarm: Swarm,
+        socket: WebSocket,
+        hello: Hello,
+        peer_id: str,
+        group: str,
+        said: Mask,
+        *,
+        opened_here: bool,
+    ) -> Link:
+        """Check the other side's hello; `said` is what ours told. Raises LinkRefusedError."""
+        if hello.peer_id != peer_id or peer_id in swarm.banned:
+            raise LinkRefusedError("not the peer it was expected to be")
+        try:
+            claims = self._access.check(hello.token, peer_id, group)
+            have = from_wire(hello.have, swarm.manifest.pieces)
+        except (AccessRefusedError, BitmapError) as error:
+            raise LinkRefusedError(str(error)) from error
+        if not self._access.allows(claims, swarm.manifest_id):
+            raise LinkRefusedError("the right was withdrawn")
+        if not self._wins(swarm, peer_id, opened_here=opened_here):
+            raise LinkRefusedError("there is a link already")
+        old = swarm.links.get(peer_id)
+        link = Link(socket, claims, hello, have, opened_here=opened_here)
+        swarm.links[peer_id] = link
+        if old is not None:
+            old.close()
+        swarm.choice.linked(peer_id, have)
+        self._events.link_up(swarm, link)
+        if since := without(swarm.have, said):
+            link.send(encode(have_frame(since, swarm.manifest.pieces)))
+        link.send(encode(self._load()))
+        link.ping()
+        self._introduce(swarm, link)
+        return link
+
+    async def _run(self, swarm: Swarm, link: Link) -> None:
+        """Read until the link ends."""
+        try:
+            async for message in link._socket:
+                if message.type is not aiohttp.WSMsgType.BINARY:
+                    break
+                self._take(swarm, link, decode(message.data))
+        except (FrameError, AccessRefusedError, ConnectionError):
+            pass
+        finally:
+            link.close()
+            if swarm.links.get(link.peer_id) is link:
+                del swarm.links[link.peer_id]
+                swarm.choice.unlinked(link.peer_id)
+                self._events.link_down(swarm, link.peer_id, reached=True, leaving=link.leaving)
+
+    def _take(self, swarm: Swarm, link: Link, frame: Frame) -> None:
+        if isinstance(frame, HaveFrame):
+            new = without(have_mask(frame, swarm.manifest.pieces), link.have)
+            if new:
+                link.have |= new
+                swarm.choice.has(link.peer_id, new)
+                self._events.link_have(swarm, link, new)
+        elif isinstance(frame, LoadFrame):
+            self._events.link_load(swarm, link, frame)
+        elif isinstance(frame, PexFrame):
+            self._events.link_pex(swarm, link, frame.peers)
+        elif isinstance(frame, TokenFrame):
+            link.claims = self._access.check(frame.token, link.peer_id, link.group)
+        elif isinstance(frame, PingFrame):
+            link.send(encode(PongFrame(frame.number)))
+        elif isinstance(frame, PongFrame):
+            if (seconds := link.pong(frame.number)) is not None:
+                self._events.link_latency(swarm, link, seconds)
+        elif isinstance(frame, GoneFrame):
+            link.leaving = True
+            link.close()
+        else:
+            raise FrameError("a second hello")
+
+    # --- telling --------------------------------------------------------------------------------
+
+    def push_have(self, swarm: Swarm, pieces: Mask) -> None:
+        """Tell every linked peer, soon: what comes within the batch goes in one frame, encoded once."""
+        if not swarm.links:
+            return
+        waiting = self._news.get(swarm.manifest_id)
+        self._news[swarm.manifest_id] = pieces | (waiting or 0)
+        if waiting is None:
+            delay = min(NEWS_SECONDS + NEWS_SECONDS_PER_LINK * len(swarm.links), NEWS_SECONDS_MAX)
+            asyncio.get_running_loop().call_later(delay, self._flush, swarm)
+
+    def _flush(self, swarm: Swarm) -> None:
+        new = self._news.pop(swarm.manifest_id, 0)
+        if not new:
+            return
+        data = encode(have_frame(new, swarm.manifest.pieces))
+        for link in list(swarm.links.values()):
+            # Who has all of it already need not be told.
+            if without(new, link.have) or link.have != swarm.all:
+                link.send(data)
+
+    def push_token(self, group: str) -> None:
+        """Our token for the group was renewed."""
+        token = self._token(group)
+        if token is None:
+            return
+        data = encode(TokenFrame(token))
+        for swarm in self._swarms:
+            for link in list(swarm.links.values()):
+                if link.group == group:
+                    link.send(data)
+
+    def leave(self, swarm: Swarm, reason: str, group: str | None = None) -> None:
+        """Say goodbye on the links of a swarm (of one group)."""
+        data = encode(GoneFrame(reason[:200]))
+        for link in list(swarm.links.values()):
+            if group is None or link.group == group:
+                link.send(data)
+                asyncio.get_running_loop().call_later(0.1, link.close)
+
+    def drop(self, swarm: Swarm, peer_id: str) -> None:
+        link = swarm.links.get(peer_id)
+        if link is not None:
+            link.leaving = True
+            link.close()
+
+    def recheck(self) -> None:
+        """Close every link whose right is gone, or that ended with its token."""
+        for swarm in self._swarms:
+            for link in list(swarm.links.values()):
+                if (
+                    not swarm.offered_to(link.group)
+                    or link.peer_id in swarm.banned
+                    or not self._access.allows(link.claims, swarm.manifest_id)
+                ):
+                    link.close()
+
+    def _introduce(self, swarm: Swarm, link: Link) -> None:
+        """Peer exchange: who else is here (told to the new one), and that the new one is (told to some)."""
+        others = [other for other in swarm.links.values() if other is not link and other.group == link.group]
+        if not others:
+            return
+        chosen = random.sample(others, min(len(others), PEX_PEERS_MAX))
+        link.send(encode(PexFrame([_described(swarm, other) for other in chosen])))
+        news = encode(PexFrame([_described(swarm, link)]))
+        for other in chosen[:8]:
+            other.send(news)
+
+    async def _talk(self) -> None:
+        while True:
+            await asyncio.sleep(TALK_SECONDS * random.uniform(0.8, 1.2))  # noqa: S311 - jitter
+            self.recheck()
+            load = encode(self._load())
+            for swarm in self._swarms:
+                for link in list(swarm.links.values()):
+                    if link.have != swarm.all:
+                        link.send(load)
+                    link.ping()
+
+
+def _described(swarm: Swarm, link: Link) -> PexPeer:
+    return PexPeer(link.peer_id, list(link.addresses), link.have == swarm.all)
+
+
+async def _first(socket: WebSocket) -> Hello:
+    message = await socket.receive()
+    if message.type is not aiohttp.WSMsgType.BINARY:
+        raise LinkRefusedError("no hello")
+    try:
+        frame = decode(message.data)
+    except FrameError as error:
+        raise LinkRefusedError(str(error)) from error
+    if not isinstance(frame, Hello):
+        raise LinkRefusedError("no hello")
+    return frame

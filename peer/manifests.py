@@ -1,0 +1,142 @@
+"""Getting a manifest from whichever peer has it, and believing none of them.
+
+Owned here: asking several peers, bounds, and checks against the id and the group's entry. Left to others: what a
+manifest is (`manifest.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from typing import Final
+
+from cluster.api import types as t
+from cluster.api.client import TrackerClient
+from cluster.api.errors import TrackerError
+
+from .fetch import Endpoint, Fetcher, FetchFault, Head
+from .home import Home, write_whole
+from .manifest import MANIFEST_BYTES_MAX, Manifest, ManifestError
+from .reports import Exit, TrimaranError
+from .trouble import of_tracker, refused
+
+ASKED_AT_ONCE: Final = 3
+RETRY_SECONDS: Final = 1.0
+NAMES_BYTES_MAX: Final = 64 << 20
+
+
+class ManifestFetcher:
+    """Manifests for downloads; they are kept in the home, where the server finds them."""
+
+    def __init__(self, fetcher: Fetcher, client: TrackerClient, home: Home, peer_id: str) -> None:
+        self._fetcher = fetcher
+        self._client = client
+        self._home = home
+        self._peer_id = peer_id
+
+    async def fetch(
+        self,
+        file: t.FileView,
+        token: Callable[[str], str | None],
+        waiting: Callable[[str], None],
+        *,
+        patience_seconds: float | None,
+    ) -> Manifest:
+        """The manifest of a group's file. Waits for a peer that has it, saying so; for at most `patience_seconds` while
+        there is none at all. Raises ManifestError when it contradicts the group's entry, TrimaranError."""
+        kept = await asyncio.to_thread(self._kept, file.manifest_id)
+        if kept is not None:
+            return self._checked(kept, file)
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        while True:
+            try:
+                answer = await self._client.show_swarm(file.group, file.name, manifest_id=file.manifest_id)
+                peers = [
+                    peer for peer in answer.peers if peer.peer_id != self._peer_id and not peer.quarantined
+                ]
+            except TrackerError as error:
+                if refused(error):
+                    raise of_tracker(error) from error
+                peers = []
+            found = await self._ask(file, peers, token(file.group))
+            if found is not None:
+                manifest = self._checked(found, file)
+                await asyncio.to_thread(
+                    write_whole,
+                    self._home.manifest_file(file.manifest_id),
+                    await asyncio.to_thread(found.encode),
+                )
+                return manifest
+            if patience_seconds is not None and loop.time() - began > patience_seconds:
+                raise TrimaranError(
+                    f"No peer of {file.group}/{file.name} can be reached.",
+                    exit_code=Exit.UNFINISHED,
+                    code="no-peers",
+                    hint="Get it again when somebody who has it is there. Nothing was written.",
+                )
+            waiting("no peer of this file can be reached" if peers else "nobody who has this file is there")
+            await asyncio.sleep(RETRY_SECONDS * random.uniform(0.75, 1.25))  # noqa: S311 - jitter
+
+    async def _ask(self, file: t.FileView, peers: list[t.SwarmPeer], token: str | None) -> Manifest | None:
+        if token is None:
+            return None
+        random.shuffle(peers)
+        peers.sort(key=lambda peer: not peer.complete)
+        waiting = list(peers)
+        asked: set[asyncio.Task[Manifest | None]] = set()
+        try:
+            while waiting or asked:
+                while waiting and len(asked) < ASKED_AT_ONCE:
+                    asked.add(asyncio.create_task(self._ask_one(file, waiting.pop(0), token)))
+                done, asked = await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    if (found := task.result()) is not None:
+                        return found
+        finally:
+            for task in asked:
+                task.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
+        return None
+
+    async def _ask_one(self, file: t.FileView, peer: t.SwarmPeer, token: str) -> Manifest | None:
+        bound = min(MANIFEST_BYTES_MAX, file.pieces * 32 + NAMES_BYTES_MAX)
+        body = bytearray()
+
+        def landing(head: Head) -> memoryview:
+            if head.length > bound:
+                raise FetchFault("protocol", "a manifest that is too long")
+            body.extend(bytes(head.length))
+            return memoryview(body)
+
+        request = f"GET /v1/swarms/{file.manifest_id}/manifest HTTP/1.1\r\nHost: peer\r\nAuthorization: Bearer {token}\r\n\r\n"
+        try:
+            reply = await self._fetcher.ask(
+                Endpoint(peer.peer_id, tuple(peer.addresses)), request.encode(), landing
+            )
+        except FetchFault:
+            return None
+        if reply.head.status != 200:
+            return None
+        try:
+            return await asyncio.to_thread(Manifest.decode, bytes(body), file.manifest_id)
+        except ManifestError:
+            return None  # not the manifest of that id: another peer may have the right one
+
+    def _kept(self, manifest_id: str) -> Manifest | None:
+        try:
+            return Manifest.decode(self._home.manifest_file(manifest_id).read_bytes(), manifest_id)
+        except (OSError, ManifestError):
+            return None
+
+    @staticmethod
+    def _checked(manifest: Manifest, file: t.FileView) -> Manifest:
+        manifest.check_facts(
+            kind=file.kind,
+            size_bytes=file.size_bytes,
+            pieces=file.pieces,
+            piece_bytes=file.piece_bytes,
+            algorithm=file.algorithm,
+        )
+        return manifest

@@ -1,0 +1,68 @@
+"""What the trackers' refusals and silences are to a person at a peer: `TrimaranError`s."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from cluster.api.errors import ApiProblem, TrackerError, Unavailable, UnknownOutcome
+
+from .reports import Exit, TrimaranError
+
+_BY_CODE: Final = {
+    "over-limit": Exit.CONFLICT,
+    "request-mismatch": Exit.CONFLICT,
+    "request-too-old": Exit.CONFLICT,
+    "rate-limited": Exit.DENIED,
+    "internal": Exit.UNEXPECTED,
+    "no-trackers": Exit.USAGE,
+    "bad-tracker-url": Exit.USAGE,
+    "insecure-tracker": Exit.USAGE,
+}
+_BY_STATUS: Final = {
+    400: Exit.USAGE,
+    401: Exit.DENIED,
+    403: Exit.DENIED,
+    404: Exit.NOT_FOUND,
+    409: Exit.CONFLICT,
+    413: Exit.USAGE,
+    415: Exit.USAGE,
+    422: Exit.USAGE,
+    501: Exit.USAGE,
+}
+
+
+def of_tracker(error: TrackerError) -> TrimaranError:
+    """The same error in the front door's terms."""
+    code = _BY_CODE.get(error.code)
+    if code is None:
+        status = error.status if isinstance(error, ApiProblem) else 0
+        code = _BY_STATUS.get(status, Exit.CLUSTER_UNAVAILABLE)
+    hint = error.hint
+    if not hint and code is Exit.CLUSTER_UNAVAILABLE:
+        hint = "Look at the nodes with: trimaran cluster status"
+    return TrimaranError(error.message, exit_code=code, code=error.code, outcome=error.outcome, hint=hint)
+
+
+def refused(error: TrackerError) -> bool:
+    """The trackers said no: asking again changes nothing."""
+    return (
+        isinstance(error, ApiProblem)
+        and error.status < 500
+        and error.code not in ("rate-limited", "too-slow")
+    )
+
+
+def away(error: TrackerError) -> bool:
+    """Nobody could be asked, or nobody knows what came of it."""
+    return isinstance(error, Unavailable | UnknownOutcome) or (
+        isinstance(error, ApiProblem) and error.status >= 500
+    )
+
+
+def not_signed_in() -> TrimaranError:
+    return TrimaranError(
+        "Nobody is signed in on this peer.",
+        exit_code=Exit.DENIED,
+        code="unauthenticated",
+        hint="Sign in: trimaran login USER (or make an account: trimaran register USER)",
+    )
