@@ -13,8 +13,8 @@ A snapshot is one file, `snapshot-<index>-<term>.snap`:
 The digest is a SHA-256 over index, term, configuration and payload: two nodes that name the same digest mean the
 same bytes, so an installation that was cut off goes on where it stopped, from whichever leader.
 
-All disk work is done on the sync thread, in pieces of a megabyte that are synced one by one: a batch of the
-journal waits for one piece at most.
+All disk work is done on the sync thread, in pieces of 256 KiB that are synced one by one, and never more than one
+of them is handed over at a time: a batch of the journal waits for one piece at most, whatever a snapshot weighs.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import struct
+from collections import deque
 from collections.abc import Callable
 from zlib import crc32
 
@@ -45,7 +46,7 @@ from cluster.raft.runtime import Runtime
 FORMAT = 1
 HEADER_MAGIC = b"TRIMSNAP"
 FOOTER_MAGIC = b"TRIMSNPF"
-PIECE_BYTES = 1024 * 1024
+PIECE_BYTES = 256 * 1024
 CHECKED_BYTES = 64 * 1024
 PENDING_BYTES_MAX = 64 * 1024 * 1024
 DIGEST_BYTES = 32
@@ -134,6 +135,8 @@ class _Output:
         self.taken_bytes = 0
         self.pending_bytes = 0
         self._gathered = bytearray()
+        self._works: deque[tuple[Callable[[], None], Callable[[OSError | None], None]]] = deque()
+        self._busy = False
         self._error: OSError | None = None
         self._file: File | None = None
         self._digest = _begin_digest(index, term, config)
@@ -183,12 +186,13 @@ class _Output:
                 self._discard()
                 callback(outcome)
 
-        self.store.syncer.submit(work, done)
+        self._queue(work, done)
 
     def abort(self) -> None:
         if not self.closed:
             self.closed = True
             self._gathered.clear()
+            self._works.clear()
             self._discard()
 
     def _submit(self, work: Callable[[], None], size: int) -> None:
@@ -205,7 +209,24 @@ class _Output:
             if outcome is not None:
                 self.failed = outcome
 
-        self.store.syncer.submit(guarded, done)
+        self._queue(guarded, done)
+
+    def _queue(self, work: Callable[[], None], done: Callable[[OSError | None], None]) -> None:
+        self._works.append((work, done))
+        if not self._busy:
+            self._next()
+
+    def _next(self) -> None:
+        work, done = self._works.popleft()
+        self._busy = True
+
+        def reported(outcome: OSError | None) -> None:
+            self._busy = False
+            done(outcome)
+            if self._works and not self._busy:
+                self._next()
+
+        self.store.syncer.submit(work, reported)
 
     # On the sync thread.
 

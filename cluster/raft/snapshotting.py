@@ -29,6 +29,7 @@ from cluster.raft.snapshots import (
 )
 
 _RESEND_SECONDS = 1.0
+_PENDING_BYTES_MAX = 4 << 20
 _GIVEN_UP_SECONDS = 15.0
 _configuration = msgspec.msgpack.Decoder(Configuration)
 encode_configuration = msgspec.msgpack.Encoder().encode
@@ -139,6 +140,9 @@ class Snapshotting:
     def _write_slice(self) -> None:
         writing = self._writing
         if writing is None or self._guard.stopped:
+            return
+        if writing.writer.pending_bytes > _PENDING_BYTES_MAX:
+            self._runtime.call_later(0.005, self._write_slice)  # the disk is slower than the encoding
             return
         until = self._runtime.now() + self._settings.snapshot_slice_seconds
         try:
