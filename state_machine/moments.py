@@ -12,4 +12,4 @@ _LAST_MS: Final = 253_402_300_799_999  # the end of the year 9999, the last that
 def rfc3339(at_ms: int) -> str:
     """UTC, to the millisecond. What lies outside of what can be written is moved to its edge."""
     moment = _EPOCH + timedelta(milliseconds=min(max(at_ms, 0), _LAST_MS))
-    return moment.strftime("%Y-%m-%dT%H:%M:%S.") + f"{moment.microsecond // 1000:03d}Z"
+    return moment.isoformat(timespec="milliseconds")[: -len("+00:00")] + "Z"

@@ -218,6 +218,11 @@ class Loader:
             self._count += len(body)
             for caller, minted_ms in body.items():
                 state.requests.forgotten.put(caller, minted_ms)
+        elif section in _PLAIN_NESTS:
+            nest: Nest[Any] = getattr(state, section)
+            for outer, rows in body:
+                self._count += len(rows)
+                nest.put_all(outer, rows)
         elif section in _NESTED_PUTS:
             put = _NESTED_PUTS[section]
             share = self._texts.setdefault
@@ -239,13 +244,6 @@ def _table_put(name: str) -> Callable[[State, str, Any], None]:
     return put
 
 
-def _nest_put(name: str) -> Callable[[State, str, str, Any], None]:
-    def put(state: State, outer: str, inner: str, row: Any) -> None:
-        getattr(state, name).put(outer, inner, row)
-
-    return put
-
-
 def _put_old_version(state: State, outer: str, manifest_id: str, row: Any) -> None:
     group, name = outer.split("/")
     state.put_old_version(group, name, manifest_id, row)
@@ -261,18 +259,10 @@ _NESTED_PUTS: Final[dict[str, Callable[[State, str, str, Any], None]]] = {
     "files": State.put_file,
     "old_versions": _put_old_version,
     "holdings": State.put_holding,
-    **{
-        name: _nest_put(name)
-        for name in (
-            "revoked_sessions",
-            "members",
-            "join_requests",
-            "quarantines",
-            "witnesses",
-            "revocations",
-        )
-    },
 }
+_PLAIN_NESTS: Final = frozenset(
+    ("revoked_sessions", "members", "join_requests", "quarantines", "witnesses", "revocations")
+)
 
 
 def digest(state: State) -> bytes:

@@ -112,7 +112,11 @@ class Nest(Generic[V]):
         return _NO_ROWS if rows is None else rows  # type: ignore[return-value]
 
     def get(self, outer: str, inner: str) -> V | None:
-        rows = self._outer.get(outer)
+        table = self._outer  # written out, for this is what everything does most
+        try:
+            rows = table._shards[crc32(outer.encode()) & table._mask].get(outer)
+        except UnicodeEncodeError:
+            return None
         return None if rows is None else rows.get(inner)
 
     def put(self, outer: str, inner: str, row: V) -> None:
@@ -120,6 +124,17 @@ class Nest(Generic[V]):
         before = len(rows)
         rows[inner] = row
         self._size += len(rows) - before
+
+    def put_all(self, outer: str, rows: dict[str, V]) -> None:
+        """Put many rows under one outer key. The dict becomes the table's own."""
+        if self._outer.get(outer) is None:
+            self._outer.put(outer, rows)
+            if self._frozen:
+                self._written.add(outer)
+            self._size += len(rows)
+            return
+        for inner, row in rows.items():
+            self.put(outer, inner, row)
 
     def drop(self, outer: str, inner: str) -> V:
         """Remove the row, which must be there."""

@@ -30,6 +30,7 @@ from state_worlds import (
 from state_machine import codec, queries, snapshot
 from state_machine import commands as c
 from state_machine.machine import StateMachine
+from state_machine.model import TABLES, State
 from state_machine.outcomes import Applied
 from state_machine.tables import Nest, Table
 
@@ -163,6 +164,12 @@ def test_a_replaced_state_that_is_still_frozen_is_not_torn_down() -> None:
     assert digest_of(frozen) == digest
 
 
+def test_every_table_has_a_way_back() -> None:
+    assert set(TABLES) == set(snapshot._PUTS) | set(snapshot._NESTED_PUTS) | snapshot._PLAIN_NESTS
+    nests = {name for name in TABLES if isinstance(getattr(State(), name), Nest)}
+    assert nests == set(snapshot._NESTED_PUTS) | snapshot._PLAIN_NESTS
+
+
 def test_derived_data_is_what_a_loader_would_rebuild() -> None:
     machine = populated()
     assert derived(copy_of(machine).state) == derived(machine.state)
@@ -265,6 +272,11 @@ class TablesAgainstDicts(RuleBasedStateMachine):
             assert self.table.drop(key) == self.flat.pop(key)
         if (key, inner) in self.nested:
             assert self.nest.drop(key, inner) == self.nested.pop((key, inner))
+
+    @rule(key=_keys, inners=st.sets(_keys, min_size=1), value=st.integers())
+    def put_all(self, key: str, inners: set[str], value: int) -> None:
+        self.nest.put_all(key, dict.fromkeys(inners, value))
+        self.nested |= {(key, inner): value for inner in inners}
 
     @rule(key=_keys)
     def drop_all(self, key: str) -> None:
