@@ -8,8 +8,9 @@ or lying asker uses nothing up. Ties are broken by a chance that depends on who 
 not send the same. Once every piece that the asker lacks has a copy out, there is nothing left to choose (204): the
 asker knows better.
 
-**Slots.** A bounded number of sends at once, in total and for each downloader; the rest waits in order, one
-downloader after the other; past the queue's bound the answer is "busy", with an honest time to come back.
+**Slots.** Few sends at once, so that each piece is soon whole and passed on; more while they do not fill the link
+(slow readers), or while there is one downloader only. The rest waits, one downloader after the other; past the
+queue's bounds the answer is "busy", with an honest time to come back.
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ from peer.rates import Rate
 
 UNCONFIRMED_SECONDS_MIN: Final = 2.0
 UNCONFIRMED_SECONDS_MAX: Final = 60.0
-SENDS_MAX: Final = 16
-SENDS_PER_DOWNLOADER_MAX: Final = 4
-QUEUE_MAX: Final = 256
-QUEUE_PER_DOWNLOADER_MAX: Final = 16
+SENDS_MAX: Final = 4  # while they fill the link: a crowd of 32 ends a tenth sooner with 4 than with 16
+SENDS_MAX_UNFILLED: Final = 16
+FILLED_SHARE: Final = 0.7  # of the best rate seen lately
+BEST_RATE_MEMORY_SECONDS: Final = 60.0
+QUEUE_MAX: Final = 512
+QUEUE_PER_DOWNLOADER_MAX: Final = 32
 RETRY_AFTER_SECONDS_MIN: Final = 0.05
 RETRY_AFTER_SECONDS_MAX: Final = 10.0
 
@@ -55,7 +58,7 @@ class SendersChoice:
         self._known: dict[str, Mask] = {}  # every linked peer's pieces
         self._counted: dict[str, Mask] = {}  # those that count as copies: not of who came with everything
         self._copies = Counts()  # known copies, and sends in flight
-        self._sends: dict[tuple[str, int], _Send] = {}
+        self._sends: dict[str, dict[int, _Send]] = {}  # by asker and piece
         self._deadlines: list[tuple[float, int, _Send]] = []
         self._sequence = 0
         seed = hashlib.sha256(f"{peer_id}/{manifest_id}".encode()).digest()
@@ -88,9 +91,8 @@ class SendersChoice:
         self._known[peer] = known | new
         self._counted[peer] |= new
         self._copies.add(new)
-        if self._sends:
-            for key in [key for key in self._sends if key[0] == peer and new >> key[1] & 1]:
-                self._forget(key)
+        for send in [send for index, send in self._sends.get(peer, {}).items() if new >> index & 1]:
+            self._forget(send)
 
     def unlinked(self, peer: str) -> None:
         """The link is gone, and with it what the peer was known to have."""
@@ -114,33 +116,35 @@ class SendersChoice:
 
     def started(self, asker: str, index: int, now: float, seconds_expected: float) -> None:
         """A send begins, chosen here or asked by index. Counts as a copy for four times as long as it should take."""
-        key = (asker, index)
-        if key in self._sends or self._known.get(asker, 0) >> index & 1:
+        sends = self._sends.setdefault(asker, {})
+        if index in sends or self._known.get(asker, 0) >> index & 1:
             return
         patience = min(max(4 * seconds_expected, UNCONFIRMED_SECONDS_MIN), UNCONFIRMED_SECONDS_MAX)
-        send = _Send(asker, index, now + patience)
-        self._sends[key] = send
+        send = sends[index] = _Send(asker, index, now + patience)
         self._copies.add(1 << index)
         self._sequence += 1
         heapq.heappush(self._deadlines, (send.deadline, self._sequence, send))
 
     def failed(self, asker: str, index: int) -> None:
         """The send broke off."""
-        key = (asker, index)
-        if key in self._sends:
-            self._forget(key)
+        send = self._sends.get(asker, {}).get(index)
+        if send is not None:
+            self._forget(send)
 
-    def _forget(self, key: tuple[str, int]) -> None:
-        send = self._sends.pop(key)
+    def _forget(self, send: _Send) -> None:
+        sends = self._sends[send.asker]
+        del sends[send.index]
+        if not sends:
+            del self._sends[send.asker]
         send.unconfirmed = False
-        self._copies.remove(1 << key[1])
+        self._copies.remove(1 << send.index)
 
     def _expire(self, now: float) -> None:
         deadlines = self._deadlines
         while deadlines and (deadlines[0][0] <= now or not deadlines[0][2].unconfirmed):
             send = heapq.heappop(deadlines)[2]
             if send.unconfirmed:
-                self._forget((send.asker, send.index))
+                self._forget(send)
 
 
 class Busy(Struct, frozen=True):
@@ -170,12 +174,12 @@ class UploadQueue:
         self,
         *,
         sends_max: int = SENDS_MAX,
-        sends_per_downloader_max: int = SENDS_PER_DOWNLOADER_MAX,
+        sends_max_unfilled: int = SENDS_MAX_UNFILLED,
         queue_max: int = QUEUE_MAX,
         queue_per_downloader_max: int = QUEUE_PER_DOWNLOADER_MAX,
     ) -> None:
         self._sends_max = sends_max
-        self._per_downloader_max = sends_per_downloader_max
+        self._unfilled_max = max(sends_max, sends_max_unfilled)
         self._queue_max = queue_max
         self._queue_per_downloader_max = queue_per_downloader_max
         self._sending: dict[int, tuple[str, float]] = {}  # ticket -> downloader, since
@@ -185,12 +189,14 @@ class UploadQueue:
         self._waiter_of: dict[int, str] = {}
         self._seconds_per_send = 0.0
         self._rate = Rate()
+        self._best_rate = 0.0
+        self._best_at = 0.0
 
     def ask(self, downloader: str, ticket: int, now: float) -> bool | Busy:
         """True: send now. False: wait for the grant. `Busy`: refused."""
         assert ticket not in self._sending and ticket not in self._waiter_of
         queue = self._waiting.get(downloader)
-        if queue is None and self._may_send(downloader):
+        if queue is None and self._may_send(downloader, now):
             self._start(downloader, ticket, now)
             return True
         queued = len(self._waiter_of)
@@ -232,10 +238,10 @@ class UploadQueue:
             self._rate.idle(now)
         return self._grant(now)
 
-    def set_limits(self, now: float, *, sends_max: int, sends_per_downloader_max: int) -> list[int]:
+    def set_limits(self, now: float, *, sends_max: int, sends_max_unfilled: int) -> list[int]:
         """Change the slots: the tickets that are granted now."""
         self._sends_max = sends_max
-        self._per_downloader_max = sends_per_downloader_max
+        self._unfilled_max = max(sends_max, sends_max_unfilled)
         return self._grant(now)
 
     def retry_after_seconds(self) -> float:
@@ -250,11 +256,21 @@ class UploadQueue:
             self._rate.bytes_per_second(now), len(self._sending), self._sends_max, len(self._waiter_of)
         )
 
-    def _may_send(self, downloader: str) -> bool:
-        return (
-            len(self._sending) < self._sends_max
-            and self._sending_to.get(downloader, 0) < self._per_downloader_max
-        )
+    def _may_send(self, downloader: str, now: float) -> bool:
+        sending = len(self._sending)
+        if sending < self._sends_max:
+            return True
+        if sending >= self._unfilled_max:
+            return False
+        alone = len(self._sending_to) == 1 and downloader in self._sending_to
+        only = not self._turn or (len(self._turn) == 1 and self._turn[0] == downloader)
+        return (alone and only) or not self._filled(now)
+
+    def _filled(self, now: float) -> bool:
+        rate = self._rate.bytes_per_second(now)
+        if rate >= self._best_rate or now - self._best_at > BEST_RATE_MEMORY_SECONDS:
+            self._best_rate, self._best_at = rate, now
+        return rate >= FILLED_SHARE * self._best_rate
 
     def _start(self, downloader: str, ticket: int, now: float) -> None:
         self._sending[ticket] = (downloader, now)
@@ -263,19 +279,13 @@ class UploadQueue:
 
     def _grant(self, now: float) -> list[int]:
         granted: list[int] = []
-        passed_over = 0
-        while len(self._sending) < self._sends_max and passed_over < len(self._turn):
+        while self._turn and self._may_send(self._turn[0], now):
             downloader = self._turn.popleft()
-            if not self._may_send(downloader):
-                self._turn.append(downloader)
-                passed_over += 1
-                continue
             queue = self._waiting[downloader]
             ticket = queue.popleft()
             del self._waiter_of[ticket]
             self._start(downloader, ticket, now)
             granted.append(ticket)
-            passed_over = 0
             if queue:
                 self._turn.append(downloader)
             else:
