@@ -19,7 +19,7 @@ import socket
 import ssl
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, contextmanager, nullcontext
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,7 +82,9 @@ async def _run(config: NodeConfig, ready: Callable[[Running], None], *, stop_wit
     with _signals(ending), _stdin(ending) if stop_with_stdin else nullcontext():
         async with assemble(config, fatal=lambda reason: _end(ending, reason)) as running:
             ready(running)
+            tell_manager("READY=1")
             reason = await ending
+            tell_manager("STOPPING=1")
             _log.info("stopping", reason=reason or "asked to")
     if reason:
         raise NodeError(reason)
@@ -170,6 +172,14 @@ async def _hand_over(consensus: Consensus) -> None:
 async def _shut(runner: web.ServerRunner) -> None:
     if runner.server is not None:
         await runner.cleanup()
+
+
+def tell_manager(state: str) -> None:
+    """systemd's notification protocol (sd_notify(3)); nothing when nobody listens."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if address.startswith(("/", "@")):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier, suppress(OSError):
+            notifier.sendto(state.encode(), address.replace("@", "\0", 1))
 
 
 # --- parts --------------------------------------------------------------------------------------

@@ -261,7 +261,7 @@ class _Sources:
         for key, (value, source) in given.items():
             if key not in known:
                 raise ConfigError(
-                    f"{source}: there is no such setting; see docs/operating/settings.md", field=key
+                    f"{source}: there is no such setting; see docs/reference/tracker-settings.md", field=key
                 )
             try:
                 checked[key] = msgspec.convert(value, known[key], strict=not isinstance(value, str))
@@ -401,7 +401,8 @@ def _flag(value: Any, source: str) -> bool:
     if isinstance(value, bool):
         return value
     words: Mapping[str, bool] = types.MappingProxyType(
-        {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False, "": False}
+        dict.fromkeys(("1", "true", "yes", "on"), True)
+        | dict.fromkeys(("", "0", "false", "no", "off"), False)
     )
     known = words.get(str(value).lower())
     if known is None:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import hashlib
 import logging
 import secrets
@@ -81,7 +80,7 @@ class Invite(msgspec.Struct, frozen=True, kw_only=True):
             if hashlib.sha256(data[4:]).digest()[:4] != data[:4]:
                 raise AuthorityError("the invite is damaged: copy it again, whole", field="join")
             return msgspec.json.decode(data[4:], type=cls)
-        except (binascii.Error, msgspec.DecodeError) as error:
+        except (ValueError, msgspec.MsgspecError) as error:
             raise AuthorityError("the invite is damaged: copy it again, whole", field="join") from error
 
 
