@@ -48,6 +48,7 @@ CRC = struct.Struct("<I")
 FRAME = struct.Struct("<IIB")
 LENGTH_KIND = struct.Struct("<IB")
 ENTRY_REST = struct.Struct("<IBQQ")  # all of an entry but checksum and command
+WHOLE_ENTRY = struct.Struct("<IIBQQ")  # all of an entry but the command
 ENTRY_PAYLOAD = struct.Struct("<QQ")
 _TERM_PAYLOAD = struct.Struct("<QB")
 _CUT_PAYLOAD = struct.Struct("<Q")
@@ -216,52 +217,73 @@ class Replay:
 
         Raises `RecordInvalidError` at the first that is not whole; everything before it has been replayed.
         """
-        offset, end, log, segment = start, len(data), self.log, segments[-1]
-        unpack_frame, frame_bytes = FRAME.unpack_from, FRAME.size
+        offset, end = start, len(data)
         while offset < end:
-            if end - offset < frame_bytes:
-                raise RecordInvalidError(offset, "the record is cut short")
-            crc, length, kind = unpack_frame(data, offset)
-            payload = offset + frame_bytes
-            following = payload + length
-            if following > end:
-                raise RecordInvalidError(offset, "the record is cut short")
-            if crc32(data[offset + 4 : following], 0 if kind == MARK else self.chain) != crc:
-                raise RecordInvalidError(offset, "the checksum of the record does not match")
-            if kind == ENTRY and length >= 16:
-                index, term = ENTRY_PAYLOAD.unpack_from(data, payload)
-                if self.next_index not in (index, 0) or term > self.term:
-                    raise RecordInvalidError(offset, f"entry {index} of term {term} does not belong here")
-                log.append((data[payload + 16 : following], index, term))
-                segment.hold(index, index)
-                self.next_index = index + 1
-            elif kind == TERM and length >= _TERM_PAYLOAD.size:
-                term, voted = _TERM_PAYLOAD.unpack_from(data, payload)
-                if term < self.term:
-                    raise RecordInvalidError(offset, f"term {term} follows term {self.term}")
-                name = data[payload + _TERM_PAYLOAD.size : following].decode(errors="replace")
-                self.term, self.voted_for = term, name if voted else None
-            elif kind == CUT and length == _CUT_PAYLOAD.size:
-                (index,) = _CUT_PAYLOAD.unpack_from(data, payload)
-                self._cut(index, segments)
-            elif kind == RESET and length == ENTRY_PAYLOAD.size:
-                index, term = ENTRY_PAYLOAD.unpack_from(data, payload)
-                self._cut(0, segments)
-                log.append((b"", index, term))
-                segment.hold(index, index)
-                self.next_index = index + 1
-            elif kind == MARK and length == _MARK_PAYLOAD.size:
-                found_salt, position, commit_hint = _MARK_PAYLOAD.unpack_from(data, payload)
-                if found_salt != salt or position != self.position + 1:
-                    raise RecordInvalidError(offset, "the record belongs elsewhere")
-                self.commit_hint = max(self.commit_hint, commit_hint)
-                offset = following
-                continue
-            else:
-                raise RecordInvalidError(offset, f"there is no record of kind {kind} and length {length}")
-            self.chain = crc
-            self.position += 1
-            offset = following
+            offset = self._read_entries(data, offset, segments[-1])
+            if offset < end:
+                offset = self._read_other(data, offset, salt, segments)
+
+    def _read_entries(self, data: bytes, offset: int, segment: Segment) -> int:
+        """Replay a run of entries; where it ends: at another record, or at one that is not whole."""
+        end, log, chain, current = len(data), self.log, self.chain, self.term
+        at: int = offset
+        append, unpack, whole = log.append, WHOLE_ENTRY.unpack_from, WHOLE_ENTRY.size
+        count, next_index = len(log), self.next_index
+        while end - at >= whole:
+            crc, length, kind, index, term = unpack(data, at)
+            following = at + 9 + length
+            if kind != ENTRY or length < 16 or following > end:
+                break
+            body = data[at + 4 : following]
+            if crc32(body, chain) != crc or next_index not in (index, 0) or term > current:
+                break
+            append((body[21:], index, term))
+            chain, next_index, at = crc, index + 1, following
+        if len(log) > count:
+            segment.hold(log[count][1], log[-1][1])
+            self.position += len(log) - count
+            self.chain, self.next_index = chain, next_index
+        return at
+
+    def _read_other(self, data: bytes, offset: int, salt: bytes, segments: list[Segment]) -> int:
+        """Replay the one record at `offset`, which is no good entry; where the next begins."""
+        payload = offset + FRAME.size
+        if payload > len(data):
+            raise RecordInvalidError(offset, "the record is cut short")
+        crc, length, kind = FRAME.unpack_from(data, offset)
+        following: int = payload + length
+        if following > len(data):
+            raise RecordInvalidError(offset, "the record is cut short")
+        if crc32(data[offset + CRC.size : following], 0 if kind == MARK else self.chain) != crc:
+            raise RecordInvalidError(offset, "the checksum of the record does not match")
+        if kind == MARK and length == _MARK_PAYLOAD.size:
+            found_salt, position, commit_hint = _MARK_PAYLOAD.unpack_from(data, payload)
+            if found_salt != salt or position != self.position + 1:
+                raise RecordInvalidError(offset, "the record belongs elsewhere")
+            self.commit_hint = max(self.commit_hint, commit_hint)
+            return following
+        if kind == TERM and length >= _TERM_PAYLOAD.size:
+            term, voted = _TERM_PAYLOAD.unpack_from(data, payload)
+            if term < self.term:
+                raise RecordInvalidError(offset, f"term {term} follows term {self.term}")
+            name = data[payload + _TERM_PAYLOAD.size : following].decode(errors="replace")
+            self.term, self.voted_for = term, name if voted else None
+        elif kind == CUT and length == _CUT_PAYLOAD.size:
+            (index,) = _CUT_PAYLOAD.unpack_from(data, payload)
+            self._cut(index, segments)
+        elif kind == RESET and length == ENTRY_PAYLOAD.size:
+            index, term = ENTRY_PAYLOAD.unpack_from(data, payload)
+            self._cut(0, segments)
+            self.log.append((b"", index, term))
+            segments[-1].hold(index, index)
+            self.next_index = index + 1
+        elif kind == ENTRY:
+            raise RecordInvalidError(offset, "an entry does not belong here")
+        else:
+            raise RecordInvalidError(offset, f"there is no record of kind {kind} and length {length}")
+        self.chain = crc
+        self.position += 1
+        return following
 
     def _cut(self, index: int, segments: list[Segment]) -> None:
         for segment in segments:
