@@ -23,7 +23,7 @@ from cluster.api.certificates import write_durably
 from cluster.api.client import TrackerClient
 from cluster.api.errors import TrackerError
 from cluster.app import NodeError
-from cluster.config import ConfigError, DataFolder, NodeConfig, load_config, parse_config
+from cluster.config import PREFIX, ConfigError, DataFolder, NodeConfig, load_config, parse_config
 from cluster.founding import found
 
 HOST = "127.0.0.1"
@@ -73,11 +73,23 @@ def prepare(
         )
     root = data_dir.expanduser().absolute()
     folders = [DataFolder(root / f"n{number}") for number in range(1, nodes + 1)]
+    tunables = _tunables(environment or {})
     if all(folder.cluster.exists() for folder in folders):
-        configs = _found_again(folders, base_port, insecure=insecure, environment=environment or {})
-    else:
-        configs = _made(root, folders, base_port, insecure=insecure, environment=environment or {})
-    return configs
+        return _found_again(folders, base_port, insecure=insecure, environment=tunables)
+    return _made(root, folders, base_port, insecure=insecure, environment=tunables)
+
+
+def _tunables(environment: Mapping[str, str]) -> dict[str, str]:
+    """What may be set for all nodes at once. Addresses and names are each node's own: a TRIMARAN_HTTP
+    that is meant for another program must not move three nodes onto one port."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if not name.startswith(PREFIX)
+        or name.startswith(
+            (PREFIX + "SERVICE_", PREFIX + "RAFT_SETTINGS_", PREFIX + "KILL_", PREFIX + "LOG_")
+        )
+    }
 
 
 def _flags(number: int, base_port: int, *, insecure: bool) -> dict[str, object]:
@@ -98,11 +110,8 @@ def _made(
             "or give another folder",
             field="nodes",
         )
-    tunables = {
-        name: value for name, value in environment.items() if "SERVICE_" in name or "RAFT_SETTINGS_" in name
-    }
     configs = [
-        parse_config(folder.path, flags=_flags(number, base_port, insecure=insecure), environment=tunables)
+        parse_config(folder.path, flags=_flags(number, base_port, insecure=insecure), environment=environment)
         for number, folder in enumerate(folders, start=1)
     ]
     root.mkdir(parents=True, exist_ok=True)
@@ -188,7 +197,7 @@ class LocalCluster:
                 stderr=log,
                 # Ctrl-C on the terminal reaches this process alone, which then stops them in order.
                 start_new_session=True,
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                env={**_tunables(os.environ), "PYTHONUNBUFFERED": "1"},
             )
         self._processes[config.node_id] = process
         assert process.stdout is not None

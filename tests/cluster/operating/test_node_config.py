@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster import config as node_config
 from cluster.config import (
     ConfigError,
     DataFolder,
