@@ -78,7 +78,7 @@ def test_another_key_and_an_old_key() -> None:
 
 
 def test_the_algorithm_is_ours_whatever_the_header_says() -> None:
-    header, payload, signature = TOKEN.split(".")
+    _, payload, signature = TOKEN.split(".")
     public = KEY.public_key().public_bytes_raw()
     for algorithm in ("none", "None", "HS256", "ES256", "RS256", "", None, 7, ["EdDSA"]):
         forged = f"{part({'alg': algorithm, 'typ': 'JWT', 'kid': 'n1-a'})}.{payload}"
