@@ -1,0 +1,112 @@
+"""Real peers on loopback around real trackers (over a cluster in memory)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "cluster"))
+from trackers import PASSWORD, Trackers, running  # noqa: E402
+
+from peer.reports import GetReport, PeerSettings, Progress, ShareReport  # noqa: E402
+from peer.session import LocalSession, open_session  # noqa: E402
+
+
+def ignore(progress: Progress) -> None:
+    """Nobody looks."""
+
+
+class Peers:
+    """The peers of a test, each with a home and a user of its name, all members of the group `boats`."""
+
+    def __init__(self, trackers: Trackers, folder: Path) -> None:
+        self.trackers = trackers
+        self.folder = folder
+        self._owner = ""
+        self._open: list[LocalSession] = []
+
+    def settings(self, user: str, **changes: object) -> PeerSettings:
+        return PeerSettings(
+            home=self.folder / user,
+            trackers=tuple(node.url for node in self.trackers.nodes),
+            insecure=True,
+            listen="127.0.0.1:0",
+            **changes,  # type: ignore[arg-type]
+        )
+
+    async def account(self, user: str, group: str = "boats") -> None:
+        session = await self.trackers.user(user)
+        if not self._owner:
+            self._owner = session
+            await self.trackers.group(group, session)
+        else:
+            reply = await self.trackers.call("POST", f"/v1/groups/{group}/join-requests", session=session)
+            assert reply.status == 200, reply.body
+            await self.trackers.member(group, user, "accept", self._owner)
+
+    @property
+    def owner(self) -> str:
+        return self._owner
+
+    async def open(self, user: str, **changes: object) -> LocalSession:
+        """A signed-in session of the user's home."""
+        known = (self.folder / user / "session.json").exists()
+        if not known:
+            await self.account(user)
+        session = await open_session(self.settings(user, **changes))
+        assert isinstance(session, LocalSession)
+        self._open.append(session)
+        if not known:
+            await session.login(user, PASSWORD)
+        return session
+
+    async def close(self, session: LocalSession) -> None:
+        self._open.remove(session)
+        await session.close()
+
+    async def close_all(self) -> None:
+        for session in self._open:
+            await session.close()
+
+
+async def share(session: LocalSession, path: Path, name: str | None = None, **options: object) -> ShareReport:
+    return await session.share(
+        path, "boats", name, replace=bool(options.get("replace")), algorithm=None, on_progress=ignore
+    )
+
+
+async def get(
+    session: LocalSession,
+    name: str,
+    folder: Path,
+    *,
+    down: int = 0,
+    on_progress: Callable[[Progress], None] = ignore,
+) -> GetReport:
+    return await session.get(
+        "boats", name, folder, down_bytes_per_second=down, checksum=False, on_progress=on_progress
+    )
+
+
+async def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
+    """Wait for a condition, with a deadline."""
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+async def peers(tmp_path: Path) -> AsyncIterator[Peers]:
+    async with running(tmp_path / "trackers", 3) as trackers:
+        made = Peers(trackers, tmp_path)
+        try:
+            yield made
+        finally:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(20):
+                    await made.close_all()
