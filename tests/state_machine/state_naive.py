@@ -37,7 +37,7 @@ class NaiveModel:
         self.next = self.revision + 1
         code: str = getattr(self, type(command).__name__)(command) or ""
         del self.next
-        if self.__dict__ != before:
+        if self.__dict__.pop("came_and_went", False) or self.__dict__ != before:
             assert not code, "a refusal changes nothing"
             self.revision += 1
         return code
@@ -342,7 +342,10 @@ class NaiveModel:
 
     def AnnouncePeers(self, x: c.AnnouncePeers) -> None:
         for announcement in x.announcements:
+            before = copy.deepcopy(self.__dict__)
             self.announce(announcement)
+            if self.__dict__ != before:
+                self.came_and_went = True  # a change, also if the next one undoes it
 
     def announce(self, a: c.Announcement) -> None:
         peer = self.peers.get(a.peer_id)
