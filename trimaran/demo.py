@@ -178,6 +178,10 @@ class Demo:
     async def start_peers(self) -> None:
         async def one(user: str) -> None:
             home = self.folder / user
+            password = os.urandom(12).hex()
+            async with self._session(user) as session:
+                await session.register(user, password)
+                await session.login(user, password)
             self.peers[user] = await self._started(
                 "peer",
                 "run",
@@ -188,8 +192,6 @@ class Demo:
                 log=user,
                 settings=self._settings(),
             )
-            async with self._session(user) as session:
-                await session.register(user, os.urandom(12).hex())
 
         await asyncio.gather(*(one(user) for user in PEOPLE))
         who = "\n".join(
@@ -356,14 +358,13 @@ class Demo:
 
     async def _status(self) -> StatusAnswer:
         from cluster.api.errors import TrackerError
-
-        from . import failures
+        from peer.trouble import of_tracker
 
         try:
             async with trackers(self._common("ana")) as client:
                 return await client.within(10.0).status()
         except TrackerError as error:
-            raise failures.of_tracker(error) from error
+            raise of_tracker(error) from error
 
     def _session(self, user: str) -> AbstractAsyncContextManager[PeerSession]:
         return peer_session(self._common(user))

@@ -1,7 +1,8 @@
 """Which failure becomes which words and which exit code. The table is `docs/reference/exit-codes.md`.
 
-Owned here: turning what the trackers' client and the system raise into `TrimaranError`, and the last
-resort: a crash log in the home instead of a traceback. Left to others: printing (`output.py`).
+Owned here: turning what nodes and the system raise into `TrimaranError`, and the last
+resort: a crash log in the home instead of a traceback. Left to others: the trackers'
+refusals (`peer/trouble.py`), printing (`output.py`).
 """
 
 from __future__ import annotations
@@ -9,47 +10,8 @@ from __future__ import annotations
 import errno
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from peer.reports import Exit, TrimaranError
-
-if TYPE_CHECKING:
-    from cluster.api.errors import TrackerError
-
-_BY_CODE = {
-    "unauthenticated": Exit.DENIED,
-    "bad-credentials": Exit.DENIED,
-    "denied": Exit.DENIED,
-    "operators-only": Exit.DENIED,
-    "rate-limited": Exit.DENIED,
-    "not-found": Exit.NOT_FOUND,
-    "conflict": Exit.CONFLICT,
-    "over-limit": Exit.CONFLICT,
-    "request-mismatch": Exit.CONFLICT,
-    "request-too-old": Exit.CONFLICT,
-    "invalid": Exit.USAGE,
-    "too-large": Exit.USAGE,
-    "unsupported": Exit.USAGE,
-    "bad-tracker-url": Exit.USAGE,
-    "insecure-tracker": Exit.USAGE,
-    "no-trackers": Exit.USAGE,
-    "internal": Exit.UNEXPECTED,
-}
-
-
-def exit_of_code(code: str) -> Exit:
-    """The exit code of a problem's code; what is not listed is the cluster being unavailable."""
-    return _BY_CODE.get(code, Exit.CLUSTER_UNAVAILABLE)
-
-
-def of_tracker(error: TrackerError) -> TrimaranError:
-    return TrimaranError(
-        error.message,
-        exit_code=exit_of_code(error.code),
-        code=error.code,
-        outcome=error.outcome,
-        hint=error.hint or _hint(error.code),
-    )
 
 
 def of_node(error: Exception) -> TrimaranError | None:
@@ -150,11 +112,3 @@ def crashed(home: Path, error: BaseException) -> TrimaranError:
         outcome="indefinite",
         hint=f"The details are in {path}; please report them." if path else "No crash log could be written.",
     )
-
-
-def _hint(code: str) -> str:
-    if exit_of_code(code) is Exit.CLUSTER_UNAVAILABLE:
-        return "Look at the nodes with: trimaran cluster status"
-    if code == "unauthenticated":
-        return "Sign in: trimaran login USER"
-    return ""

@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from peer.reports import Exit, TrimaranError
-
 from .settings import Common, peer_settings
 
 if TYPE_CHECKING:
@@ -51,17 +49,13 @@ async def peer_session(common: Common, settings: PeerSettings | None = None) -> 
 async def signed_in(common: Common) -> AsyncIterator[SignedIn]:
     """Raises `TrimaranError` where nobody is signed in."""
     from peer.identity import SignIn
+    from peer.trouble import not_signed_in
 
     settings = peer_settings(common)
     try:
         stored = msgspec.json.decode((settings.home / "session.json").read_bytes(), type=SignIn)
     except (OSError, msgspec.DecodeError):
-        raise TrimaranError(
-            "Nobody is signed in on this peer.",
-            exit_code=Exit.DENIED,
-            code="unauthenticated",
-            hint="Sign in: trimaran login USER (or make an account: trimaran register USER)",
-        ) from None
+        raise not_signed_in() from None
     async with trackers(common) as client:
         yield SignedIn(client.as_session(stored.session), stored.user)
 

@@ -135,6 +135,7 @@ def _told(error: BaseException, argv: Sequence[str]) -> TrimaranError:
 
     from cluster.api.errors import TrackerError
     from peer.reports import Exit, TrimaranError
+    from peer.trouble import of_tracker
     from trimaran import failures
 
     if isinstance(error, BaseExceptionGroup):
@@ -158,7 +159,7 @@ def _told(error: BaseException, argv: Sequence[str]) -> TrimaranError:
             hint=f"See: trimaran {verb} --help" if _known_verb(verb) else "See: trimaran --help",
         )
     if isinstance(error, TrackerError):
-        return failures.of_tracker(error)
+        return of_tracker(error)
     if isinstance(error, Exception) and (node := failures.of_node(error)) is not None:
         return node
     if isinstance(error, OSError) and (known := failures.of_system(error)) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 from cyclopts import App, Parameter
@@ -29,6 +30,7 @@ async def run(
 
     One line is printed when it is ready.
     """
+    out = Output.of(common)
     settings = peer_settings(common, listen=listen, advertise=advertise, up=up, down=down)
     async with peer_session(common, settings) as session:
         if session.remote:
@@ -38,7 +40,15 @@ async def run(
                 code="home-in-use",
                 hint="Stop it first, or give this one a home of its own with --home.",
             )
-        await until_cancelled(session.serve_forever())
+        peer_id = (await session.whoami()).peer_id
+
+        def ready() -> None:
+            out.answer(
+                {"peer_id": peer_id, "listen": session.listen_address, "pid": os.getpid()},
+                f"The peer {peer_id} serves at {session.listen_address} (process {os.getpid()}).",
+            )
+
+        await until_cancelled(session.serve_forever(ready))
 
 
 @app.command

@@ -32,7 +32,8 @@ async def register(
     """
     async with peer_session(common) as session:
         password = _password(password_stdin, twice=True)
-        _welcome(common, await session.register(user, password, invitation), "Registered and signed in")
+        await session.register(user, password, invitation)
+        _welcome(common, await session.login(user, password), "Registered and signed in")
 
 
 async def login(user: User, /, *, password_stdin: PasswordStdin = False, common: Common = DEFAULTS) -> None:

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from cluster.api.errors import TrackerError
 from peer.reports import TrimaranError
-from trimaran import failures
+from peer.trouble import of_tracker
 from trimaran.output import Output, harmless, sized
 from trimaran.settings import common_of_environment
 from trimaran.wiring import SignedIn, peer_session, signed_in
@@ -132,7 +132,7 @@ class Asker:
         try:
             return asyncio.run(done())
         except TrackerError as error:
-            Output().error(failures.of_tracker(error))
+            Output().error(of_tracker(error))
         except TrimaranError as error:
             Output().error(error)
         raise BackError
