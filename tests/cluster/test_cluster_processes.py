@@ -188,6 +188,18 @@ async def test_a_fourth_node_joins_by_invite_and_is_removed(trackers: Trackers, 
     }
 
 
+async def test_a_node_that_is_behind_sends_no_one_away(trackers: Trackers) -> None:
+    """What was acknowledged while a node was down is true at that node from its first answer on."""
+    await trackers.kill("n3")
+    me = await sign_in(trackers.client("n1", "n2"))
+    for number in range(200):
+        await me.create_group(f"g{number}")
+    await trackers.launch("n3")
+    late = trackers.client("n3").as_session(me._session)
+    assert (await late.whoami()).user == "ada"
+    assert len(await group_names(late)) == 200
+
+
 async def test_one_process_for_one_folder(tmp_path: Path) -> None:
     trackers = Trackers(tmp_path / "cluster", 1)
     try:
