@@ -15,7 +15,7 @@ from msgspec import Struct
 
 from peer.bitmap import Mask
 from peer.rates import Latency, Rate
-from peer.swarm_events import Load
+from peer.swarm_events import Fault, Load
 
 DEPTH_MAX: Final = 64
 UNKNOWN_RATE: Final = 64 * 1024.0  # bytes per second, of a peer nobody measured: probed, not trusted
@@ -105,7 +105,7 @@ class Source:
         self.failures = 0  # since the last good piece
         self.refused = False
         self.back_at = 0.0  # nothing is asked before
-        self.reported: set[str] = set()
+        self.reported: set[Fault] = set()
         self.bytes_got = 0
         self.pieces_got = 0
 
