@@ -41,6 +41,9 @@ ENTRY_BYTES_MAX: Final = 4 << 20
 # was minted before the oldest kept one is answered "too old" (indefinite), never executed twice.
 REQUESTS_KEPT_MAX: Final = 200_000
 REQUESTS_KEPT_BYTES_MAX: Final = 64 << 20
+# How long each caller's own mark of what was forgotten is kept; then one for all takes its place, and a
+# request id from before that (of a machine whose clock is that slow) is too old whoever sends it.
+REQUEST_MARKS_KEPT_MS: Final = 7 * 24 * 3600 * 1000
 # How far a request id's own clock may run ahead of the proposer's before it is refused.
 REQUEST_ID_AHEAD_MS_MAX: Final = 10 * 60 * 1000
 

@@ -112,6 +112,7 @@ class Requests:
     def prune(self, before_ms: int) -> int:
         """Fold the numbers of long silent callers into one for all; how many were folded. An id from
         before the floor is then too old for everyone, so the floor stays well in the past."""
+        before_ms -= limits.REQUEST_MARKS_KEPT_MS
         old = [(caller, ms) for caller, ms in self.forgotten.items() if ms < before_ms]
         for caller, ms in old:
             self.forgotten.drop(caller)

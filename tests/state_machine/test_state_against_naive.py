@@ -60,9 +60,10 @@ class MachineAgainstModel(RuleBasedStateMachine):
             assert (outcome.value, changed) == ((value,), effect), "the forecast was right"
         assert [change.revision for change in self.changes[seen:]] == [self.model.revision] * changed
 
-    @rule(command=COMMANDS)
-    def apply(self, command: c.AnyCommand) -> None:
-        self.both(command)
+    @rule(commands=st.lists(COMMANDS, min_size=1, max_size=6))
+    def apply(self, commands: list[c.AnyCommand]) -> None:
+        for command in commands:
+            self.both(command)
 
     @rule(data=st.data())
     def expire_a_living_peer(self, data: st.DataObject) -> None:
@@ -150,4 +151,4 @@ class MachineAgainstModel(RuleBasedStateMachine):
 
 
 TestMachineAgainstModel = MachineAgainstModel.TestCase
-TestMachineAgainstModel.settings = settings(max_examples=100, stateful_step_count=60, deadline=None)
+TestMachineAgainstModel.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)
