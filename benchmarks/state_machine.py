@@ -1,6 +1,6 @@
 """The state machine alone: time per command, and what a million facts cost.
 
-    python -m benchmarks.state_machine [--facts 1000000] [--json]
+    python -m benchmarks.state_machine [--facts 1000000] [--json | --keep]
 
 Facts are users, memberships, files and seeders, a quarter of each. Times of commands are from bytes to
 outcome: decoding, request id, rules, derived counts, events; they are CPU time, pauses are wall time.
@@ -12,11 +12,13 @@ import argparse
 import gc
 import hashlib
 import json
+import os
 import resource
 import statistics
 import time
 from collections.abc import Iterator
 
+from benchmarks.results import keep
 from state_machine import codec
 from state_machine import commands as c
 from state_machine.machine import StateMachine
@@ -207,6 +209,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--facts", type=int, default=1_000_000)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--keep", action="store_true", help="write the result under benchmarks/results/")
     options = parser.parse_args()
     machine, report = measure_load(options.facts)
     report |= measure_announce(machine, options.facts)
@@ -218,12 +221,19 @@ def main() -> None:
     report |= install
     assert loaded.digest() == digest, "a snapshot must be the state it was taken of"
     report["peak MB"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-    if options.json:
+    if options.keep:
+        rows = [{"what": name, "value": value} for name, value in report.items()]
+        keep(
+            "state-machine",
+            rows,
+            f"{options.facts} facts; load average {os.getloadavg()[0]:.1f} on a shared machine",
+        )
+    elif options.json:
         print(json.dumps({"facts": options.facts, **report}))
-        return
-    print(f"{options.facts} facts")
-    for name, value in report.items():
-        print(f"  {name:40} {value}")
+    else:
+        print(f"{options.facts} facts")
+        for name, value in report.items():
+            print(f"  {name:40} {value}")
 
 
 if __name__ == "__main__":
