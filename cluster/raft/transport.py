@@ -59,7 +59,6 @@ from cluster.raft.messages import Message
 
 log = structlog.get_logger("cluster.raft.transport")
 
-_OUT_OF_RESOURCES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _WRITE_BYTES = 256 * 1024
 
 
@@ -496,14 +495,18 @@ class Transport:
 
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
+        paused = False
         while True:
             try:
                 descriptor, address = await loop.sock_accept(listener)
             except OSError as error:
-                if error.errno in _OUT_OF_RESOURCES:
-                    log.warning("accept_paused", reason=error.strerror)
+                if error.errno != errno.ECONNABORTED:  # that one is the caller's own change of mind
+                    if not paused:
+                        log.warning("accept_paused", reason=error.strerror or str(error))
+                    paused = True
                     await asyncio.sleep(self.limits.accept_pause_seconds)
                 continue
+            paused = False
             stranger = _Stranger(str(address[0]))
             if len(self._strangers) >= self.limits.strangers_max:
                 self._drop_one()
@@ -539,9 +542,11 @@ class Transport:
                 await asyncio.shield(connection.greeted)
         except (OSError, TimeoutError, FrameError) as error:
             log.debug("stranger_refused", host=stranger.host, reason=str(error) or type(error).__name__)
-            connection.end("no greeting in time")
+            if not connection.node_id:
+                connection.end("no greeting in time")
         except asyncio.CancelledError:
-            connection.end("too many strangers")
+            if not connection.node_id:  # dropped in the very moment in which it became none
+                connection.end("too many strangers")
             raise
         finally:
             if descriptor is not None:
