@@ -178,6 +178,9 @@ async def test_a_fourth_node_joins_by_invite_and_is_removed(trackers: Trackers, 
     await trackers.start("n1")
 
     await operator.within(30).remove_node("n4")
+    removed = trackers.processes.pop("n4")
+    assert await asyncio.wait_for(removed.wait(), DEADLINE_SECONDS) == 1, "a removed node ends, and says why"
+    assert "removed" in (folder / "tracker.log").read_text().splitlines()[-1]
     del trackers.configs["n4"]
     status = await trackers.client("n1", "n2", "n3").status()
     assert sorted(node.id for node in status.nodes) == ["n1", "n2", "n3"]
