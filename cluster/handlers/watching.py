@@ -35,7 +35,8 @@ class StreamSink:
             self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
     def queued_bytes(self) -> int:
-        return self._transport.get_write_buffer_size()
+        # A TLS transport that was aborted has nothing behind it that could be asked.
+        return 0 if self._transport.is_closing() else self._transport.get_write_buffer_size()
 
     def gone(self) -> bool:
         return self._transport.is_closing()
