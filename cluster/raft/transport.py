@@ -24,211 +24,28 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import ipaddress
 import random
 import socket
 import ssl
-from collections import deque
-from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
-from hashlib import sha256
 from typing import Any
 
 import structlog
-from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from cluster.consensus import ConsensusStartError, NodeInfo
+from cluster.raft.connection import Connection, TransportLimits, connect, prepare
 from cluster.raft.core import LinkEvents
 from cluster.raft.frames import (
-    FRAME_BYTES_MAX,
-    GREETING_BYTES_MAX,
     PROTOCOL,
     FrameError,
-    FrameReader,
     Hello,
-    Refused,
     Welcome,
-    decode_greeting,
-    decode_message,
     encode,
 )
 from cluster.raft.messages import Message
 
 log = structlog.get_logger("cluster.raft.transport")
-
-_WRITE_BYTES = 256 * 1024
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TransportLimits:
-    queue_bytes_max: int = 64 * 1024 * 1024
-    strangers_max: int = 64
-    handshake_seconds: float = 3.0
-    greeting_seconds: float = 2.0
-    connect_seconds: float = 0.7
-    backoff_seconds_min: float = 0.05
-    backoff_seconds_max: float = 0.5
-    silence_seconds: float = 2.0
-    """Sent data that the other host's kernel has not confirmed for so long breaks the connection."""
-    accept_pause_seconds: float = 0.1
-    close_seconds: float = 0.5
-
-
-class _Connection(asyncio.Protocol):
-    """One socket, from its handshake to its end."""
-
-    def __init__(self, links: Transport, dialled: NodeInfo | None) -> None:
-        self.links = links
-        self.dialled = dialled
-        self.node_id = ""  # once the greeting is done
-        self.number = 0  # drawn by the side that dialled
-        self.fingerprint = ""
-        loop = asyncio.get_running_loop()
-        self.greeted: asyncio.Future[None] = loop.create_future()
-        """Done when messages may flow; failed when the greeting did."""
-        self.closed: asyncio.Future[None] = loop.create_future()
-        """Done when the socket is."""
-        self._loop = loop
-        self._transport: asyncio.Transport | None = None
-        self._reader = FrameReader(GREETING_BYTES_MAX if dialled is None else FRAME_BYTES_MAX)
-        self._queue: deque[bytes | bytearray] = deque()
-        self._queued_bytes = 0
-        self._paused = False
-        self._scheduled = False
-        self._over = False
-
-    # What asyncio calls.
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-        if self._over:
-            transport.abort()
-            return
-        try:
-            self.fingerprint = _fingerprint_of(transport)
-            if self.dialled is not None:
-                self.links._check_dialled(self.dialled, self.fingerprint)
-                hello = self.links._hello(self.dialled)
-                self.number = hello.connection
-                self._write_now(hello)
-        except FrameError as error:
-            self.end(str(error))
-
-    def data_received(self, data: bytes) -> None:
-        try:
-            for body in self._reader.feed(data):
-                if self._over:
-                    return
-                if self.node_id:
-                    self.links._events.on_message(self.node_id, decode_message(body))
-                else:
-                    self._greeting(body)
-        except FrameError as error:
-            self.end(str(error))
-
-    def pause_writing(self) -> None:
-        self._paused = True
-
-    def resume_writing(self) -> None:
-        self._paused = False
-        self._flush()
-
-    def eof_received(self) -> bool:
-        return False
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self.end("the connection broke" if error is None else f"the connection broke: {error}")
-        if not self.closed.done():
-            self.closed.set_result(None)
-
-    # What the transport calls.
-
-    def send(self, frame: bytearray) -> None:
-        self._queue.append(frame)
-        self._queued_bytes += len(frame)
-        if self._queued_bytes > self.links.limits.queue_bytes_max:
-            self._loop.call_soon(self.end, "the node reads too slowly")
-        elif not self._scheduled and not self._paused:
-            self._scheduled = True
-            self._loop.call_soon(self._flush)
-
-    def end(self, reason: str, *, gently: bool = False) -> None:
-        """Close, and tell whoever must know. `gently`: what is queued still goes out."""
-        if self._over:
-            return
-        self._over = True
-        if self._transport is None:
-            if not self.closed.done():
-                self.closed.set_result(None)
-        elif gently:
-            self._transport.write(b"".join(self._queue))
-            self._transport.close()
-        else:
-            self._transport.abort()
-        self._queue.clear()
-        if not self.greeted.done():
-            self.greeted.set_exception(FrameError(reason))
-            self.greeted.exception()  # somebody may or may not be waiting
-        self.links._ended(self, reason)
-
-    def abort(self) -> None:
-        """Whatever state it is in, be done with it."""
-        self.end("aborted")
-        if self._transport is not None:
-            self._transport.abort()
-
-    # Inside.
-
-    def _greeting(self, body: memoryview) -> None:
-        greeting = decode_greeting(body)
-        if self.dialled is not None:
-            if isinstance(greeting, Refused):
-                raise FrameError(f"refused: {greeting.reason[:200]}")
-            if not isinstance(greeting, Welcome) or greeting.node_id != self.dialled.node_id:
-                raise FrameError("the greeting was not answered")
-            self._established(greeting.node_id, None)
-            return
-        if not isinstance(greeting, Hello):
-            raise FrameError("the greeting is missing")
-        reason, node_id = self.links._examine(greeting, self.fingerprint)
-        if reason:
-            self._write_now(Refused(reason))
-            self.end(reason, gently=True)
-            return
-        self._write_now(self.links._welcome())
-        self._reader.bytes_max = FRAME_BYTES_MAX
-        self.number = greeting.connection
-        self._established(node_id, greeting.held)
-
-    def _established(self, node_id: str, held: list[int] | None) -> None:
-        self.node_id = node_id
-        if not self.greeted.done():
-            self.greeted.set_result(None)
-        self.links._established(self, held)
-
-    def _write_now(self, greeting: Hello | Welcome | Refused) -> None:
-        assert self._transport is not None
-        self._transport.write(encode(greeting))
-
-    def _flush(self) -> None:
-        self._scheduled = False
-        queue, transport = self._queue, self._transport
-        while queue and not self._paused and not self._over and transport is not None:
-            first = queue.popleft()
-            size = len(first)
-            if queue:
-                parts = [first]
-                while queue and size < _WRITE_BYTES:
-                    part = queue.popleft()
-                    parts.append(part)
-                    size += len(part)
-                first = b"".join(parts)
-            self._queued_bytes -= size
-            transport.write(first)
 
 
 class _Peer:
@@ -237,7 +54,7 @@ class _Peer:
     def __init__(self, node_id: str) -> None:
         self.node_id = node_id
         self.info: NodeInfo | None = None
-        self.connections: list[_Connection] = []
+        self.connections: list[Connection] = []
         self.alone = asyncio.Event()  # no connection: the dialling task may try
         self.alone.set()
         self.soon = asyncio.Event()  # do not wait out the pause
@@ -264,13 +81,13 @@ class Transport:
         listen_port: int,
         server_tls: ssl.SSLContext | None,
         client_tls: ssl.SSLContext | None,
-        limits: TransportLimits = TransportLimits(),
+        limits: TransportLimits | None = None,
     ) -> None:
         """`listen_port` 0: any free one (see `port`). Both contexts None: no TLS at all."""
         assert (server_tls is None) == (client_tls is None)
         self.node_id = node_id
         self.cluster_id = cluster_id
-        self.limits = limits
+        self.limits = limits if limits is not None else TransportLimits()
         self.port = listen_port
         self.strangers_dropped = 0
         self._events = events
@@ -370,21 +187,20 @@ class Transport:
             peer = self._peers[node_id] = _Peer(node_id)
         return peer
 
-    def _hello(self, node: NodeInfo) -> Hello:
+    def hello(self, node: NodeInfo) -> Hello:
         peer = self._peers.get(node.node_id)
         held = [connection.number for connection in peer.connections] if peer is not None else []
         number = self._random.getrandbits(62)
         return Hello(PROTOCOL, self.cluster_id, self.node_id, node.node_id, number, held)
 
-    def _welcome(self) -> Welcome:
+    def welcome(self) -> Welcome:
         return Welcome(PROTOCOL, self.node_id)
 
-    def _check_dialled(self, node: NodeInfo, fingerprint: str) -> None:
+    def check_dialled(self, node: NodeInfo, fingerprint: str) -> None:
         if self._client_tls is not None and fingerprint != node.key_fingerprint:
             raise FrameError(f"whoever answers there does not have the key of node {node.node_id}")
 
-    def _examine(self, hello: Hello, fingerprint: str) -> tuple[str, str]:
-        """(reason to refuse or "", node id)."""
+    def examine(self, hello: Hello, fingerprint: str) -> tuple[str, str]:
         if hello.protocol != PROTOCOL:
             return f"node {self.node_id} speaks protocol {PROTOCOL}, not {hello.protocol}", ""
         if hello.cluster_id != self.cluster_id:
@@ -396,8 +212,7 @@ class Transport:
             return f"node {self.node_id} knows no node {hello.node_id[:64]!r} with that key", ""
         return "", node_id
 
-    def _established(self, connection: _Connection, held: list[int] | None) -> None:
-        """`held`: the connections the other side still had when it dialled; None when this side dialled."""
+    def established(self, connection: Connection, held: list[int] | None) -> None:
         peer = self._peer(connection.node_id)
         stale = [] if held is None else [other for other in peer.connections if other.number not in held]
         peer.connections.append(connection)
@@ -409,7 +224,10 @@ class Transport:
         for other in stale:
             other.end("the node connected anew")
 
-    def _ended(self, connection: _Connection, reason: str) -> None:
+    def deliver(self, node_id: str, message: Message) -> None:
+        self._events.on_message(node_id, message)
+
+    def ended(self, connection: Connection, reason: str) -> None:
         peer = self._peers.get(connection.node_id)
         if peer is None or connection not in peer.connections:
             return
@@ -461,12 +279,12 @@ class Transport:
     async def _dial_once(self, node: NodeInfo) -> None:
         host, _, port = node.raft.rpartition(":")
         loop, limits = asyncio.get_running_loop(), self.limits
-        connection = _Connection(self, node)
+        connection = Connection(self, node)
         descriptor: socket.socket | None = None
         try:
             async with asyncio.timeout(limits.connect_seconds):
-                descriptor = await _connect(loop, host.strip("[]"), int(port))
-            _prepare(descriptor, limits)
+                descriptor = await connect(loop, host.strip("[]"), int(port))
+            prepare(descriptor, limits)
             await loop.create_connection(
                 lambda: connection,
                 sock=descriptor,
@@ -528,10 +346,10 @@ class Transport:
     async def _receive(self, stranger: _Stranger, descriptor: socket.socket | None) -> None:
         """Up to the end of the greeting; from then on the connection stands on its own."""
         limits = self.limits
-        connection = _Connection(self, None)
+        connection = Connection(self, None)
         try:
             assert descriptor is not None
-            _prepare(descriptor, limits)
+            prepare(descriptor, limits)
             await asyncio.get_running_loop().connect_accepted_socket(
                 lambda: connection,
                 descriptor,
@@ -552,58 +370,3 @@ class Transport:
             if descriptor is not None:
                 descriptor.close()
             self._strangers.pop(stranger, None)
-
-
-async def _connect(loop: asyncio.AbstractEventLoop, host: str, port: int) -> socket.socket:
-    """A connected socket, from the first of the host's addresses that answers."""
-    failure: OSError = OSError(errno.EADDRNOTAVAIL, "the name has no address")
-    found: Sequence[tuple[Any, ...]]
-    try:
-        numeric = ipaddress.ip_address(host)
-    except ValueError:
-        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    else:
-        family = socket.AF_INET if numeric.version == 4 else socket.AF_INET6
-        found = [(family, socket.SOCK_STREAM, 0, "", (host, port))]
-    for family, kind, protocol, _, address in found:
-        descriptor = socket.socket(family, kind, protocol)
-        try:
-            descriptor.setblocking(False)
-            await loop.sock_connect(descriptor, address)
-        except OSError as error:
-            descriptor.close()
-            failure = error
-        except BaseException:
-            descriptor.close()
-            raise
-        else:
-            return descriptor
-    raise failure
-
-
-def _prepare(descriptor: socket.socket, limits: TransportLimits) -> None:
-    """No waiting for full packets; a host that is gone is noticed, also while nothing is said."""
-    descriptor.setblocking(False)
-    descriptor.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    descriptor.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (
-        ("TCP_USER_TIMEOUT", int(limits.silence_seconds * 1000)),
-        ("TCP_KEEPIDLE", 1),
-        ("TCP_KEEPINTVL", 1),
-        ("TCP_KEEPCNT", max(1, round(limits.silence_seconds))),
-    ):
-        option = getattr(socket, name, None)  # not everywhere
-        if option is not None:
-            descriptor.setsockopt(socket.IPPROTO_TCP, option, value)
-
-
-def _fingerprint_of(transport: asyncio.Transport) -> str:
-    """Hex SHA-256 of the SubjectPublicKeyInfo of the other side's certificate; "" without TLS."""
-    connection = transport.get_extra_info("ssl_object")
-    if connection is None:
-        return ""
-    der = connection.getpeercert(True)
-    if not der:
-        raise FrameError("no certificate was shown")
-    key = x509.load_der_x509_certificate(der).public_key()
-    return sha256(key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
