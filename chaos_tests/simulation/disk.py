@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from cluster.raft.disk import DiskFullError
 from chaos_tests.simulation.clock import Clock
+from cluster.raft.disk import DiskFullError
 
 
 class ProcessEnds(BaseException):
@@ -42,6 +42,7 @@ class SimulatedDisk:
         self.room_bytes: int | None = None
         self.fail_next_sync = False
         self.end_at_step: int | None = None
+        self.end_at: tuple[str, str] | None = None  # (beginning of the file's name, step)
         self.steps = 0
 
     # -- Disk
@@ -51,7 +52,7 @@ class SimulatedDisk:
 
     def open_append(self, name: str) -> SimulatedFile:
         if name not in self.names:
-            self._step("create")
+            self._step("create", name)
             content = Content()
             self.names[name] = content
             self._pending.append(lambda names: names.__setitem__(name, content))
@@ -63,14 +64,14 @@ class SimulatedDisk:
         return SimulatedFile(self, self.names[name], name)
 
     def remove(self, name: str) -> None:
-        self._step("remove")
+        self._step("remove", name)
         if name not in self.names:
             raise FileNotFoundError(errno.ENOENT, "no such file", name)
         del self.names[name]
         self._pending.append(lambda names: names.pop(name, None) and None)
 
     def rename(self, old: str, new: str) -> None:
-        self._step("rename")
+        self._step("rename", new)
         content = self.names.pop(old)
         self.names[new] = content
 
@@ -79,10 +80,10 @@ class SimulatedDisk:
             names[new] = content
 
         self._pending.append(rename)
-        self._step("renamed")
+        self._step("renamed", new)
 
     def sync_folder(self) -> None:
-        self._step("sync_folder")
+        self._step("sync_folder", "")
         for change in self._pending:
             change(self._kept_names)
         self._pending.clear()
@@ -91,13 +92,19 @@ class SimulatedDisk:
 
     # -- faults
 
-    def _step(self, kind: str) -> None:
+    def _step(self, kind: str, name: str) -> None:
         """A step at which the process may end; half-way effects are on the kernel's side of things."""
         self.steps += 1
-        if self.end_at_step is not None and self.steps >= self.end_at_step:
-            self.end_at_step = None
+        counted = self.end_at_step is not None and self.steps >= self.end_at_step
+        named = self.end_at is not None and kind == self.end_at[1] and name.startswith(self.end_at[0])
+        if counted or named:
+            self.disarm()
             self.bites[f"ended_at_{kind}"] += 1
             raise ProcessEnds
+
+    def disarm(self) -> None:
+        self.end_at_step = None
+        self.end_at = None
 
     def used_bytes(self) -> int:
         return sum(len(content.seen) for content in self.names.values())
@@ -172,15 +179,15 @@ class SimulatedFile:
 
     def append(self, data: bytes | bytearray) -> None:
         disk = self._disk
-        disk._step("append")
+        disk._step("append", self._name)
         if disk.room_bytes is not None and disk.used_bytes() + len(data) > disk.room_bytes:
             disk.bites["disk_full"] += 1
             raise DiskFullError(errno.ENOSPC, "no room left", self._name)
         if disk.end_at_step is not None and disk.steps + 1 >= disk.end_at_step:
             self._content.seen += data[: disk.chance.randint(0, len(data))]
-            disk._step("half_append")
+            disk._step("half_append", self._name)
         self._content.seen += data
-        disk._step("appended")
+        disk._step("appended", self._name)
 
     def size(self) -> int:
         return len(self._content.seen)
@@ -189,18 +196,18 @@ class SimulatedFile:
         return bytes(self._content.seen[offset : offset + length])
 
     def truncate(self, size: int) -> None:
-        self._disk._step("truncate")
+        self._disk._step("truncate", self._name)
         del self._content.seen[size:]
 
     def sync(self) -> None:
         disk = self._disk
-        disk._step("sync")
+        disk._step("sync", self._name)
         if disk.fail_next_sync:
             disk.fail_next_sync = False
             disk.bites["sync_failed"] += 1
             raise OSError(errno.EIO, "Input/output error")
         self._content.kept = bytes(self._content.seen)
-        disk._step("synced")
+        disk._step("synced", self._name)
 
     def close(self) -> None: ...
 

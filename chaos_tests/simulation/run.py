@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 
 from chaos_tests.simulation import weather
-from chaos_tests.simulation.rig import Rig
+from chaos_tests.simulation.rig import WITHOUT, Rig
 from chaos_tests.simulation.world import Result, ViolationError, World
 
 SETTLE_SECONDS = 20.0
@@ -44,6 +44,15 @@ def run(seed: int, seconds: float, rig: Rig | None = None) -> Result:
     except ViolationError:
         pass
     return world.finish()
+
+
+def first_failure(name: str, seeds: Iterable[int], seconds: float) -> Result | None:
+    """The first of `seeds` that fails without the correction `name`; None when none does."""
+    for seed in seeds:
+        result = run(seed, seconds, WITHOUT[name])
+        if result.violations:
+            return result
+    return None
 
 
 def _run(arguments: tuple[int, float]) -> Result:

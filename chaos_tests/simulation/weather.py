@@ -118,16 +118,28 @@ def end_at_step(world: World) -> None:
     process = _some(world)
     if process is None:
         return
-    process.disk.end_at_step = process.disk.steps + world.chance.randint(1, 25)
+    _end_then_restart(world, process, process.disk.steps + world.chance.randint(1, 25), None)
+
+
+def end_at_snapshot(world: World) -> None:
+    """The same, at a step of a snapshot's file: written, synced, renamed, the older one removed."""
+    process = _some(world)
+    if process is not None:
+        step = world.chance.choice(["create", "append", "appended", "sync", "synced", "rename", "renamed", "remove"])
+        _end_then_restart(world, process, None, ("snapshot-", step))
+
+
+def _end_then_restart(world: World, process: Process, at_step: int | None, at: tuple[str, str] | None) -> None:
+    process.disk.end_at_step, process.disk.end_at = at_step, at
     with_power = world.chance.random() < 0.5
 
     def after() -> None:
-        process.disk.end_at_step = None
+        process.disk.disarm()
         if not process.up and with_power:
             world.lose_power(process)
         world.clock.later(world.chance.uniform(0.05, 2.0), lambda: world.restart(process))
 
-    world.clock.later(1.5, after)
+    world.clock.later(1.5 if at is None else 4.0, after)
 
 
 def pause(world: World) -> None:
@@ -165,17 +177,24 @@ def slow_disk(world: World) -> None:
 
 def damaged(world: World) -> None:
     """Rot, or a folder gone. One node at a time: the operator replaces it."""
-    if world.lost_nodes or world.wishes:
+    if world.damaged_node or world.lost_nodes or world.wishes:
         return
     process = _some(world)
     if process is None or process.core is None or not process.core.guard.is_voter:
         return
+    world.damaged_node = process.node_id
+    process.damaged = True
     world.kill(process)
     if world.chance.random() < 0.3:
         process.disk.vanish()
     elif not process.disk.rot(world.chance.choice(["journal-", "snapshot-"])):
         process.disk.rot("journal-")
-    world.clock.later(0.2, lambda: world.restart(process))
+
+    def back() -> None:
+        # As a power-on would find it: whatever else may come over it waits until it has tried to start.
+        world.restart(process)
+
+    world.clock.later(0.05, back)
 
 
 def change_members(world: World) -> None:
@@ -220,6 +239,24 @@ def transfer(world: World) -> None:
         process.deliver(lambda: core.control("transfer", b"", due, lambda outcome, _: _count(world, outcome)))
 
 
+def transfer_then_cut(world: World) -> None:
+    """The node that is to take over is cut off just then: it comes back with a term of its own."""
+    leader, follower = world.leader(), _follower(world)
+    if leader is None or leader.core is None or leader.runtime is None or follower is None:
+        return
+    core, due = leader.core, leader.runtime.now() + 2.0
+    leader.deliver(lambda: core.control("transfer", follower.encode(), due, lambda outcome, _: _count(world, outcome)))
+    world.bites["transfer_cut"] += 1
+
+    def cut() -> None:
+        for other in sorted(world.processes):
+            if other != follower:
+                world.network.cut_both(other, follower)
+
+    world.clock.later(world.chance.uniform(0.001, 0.01), cut)
+    world.clock.later(world.chance.uniform(2.0, 3.5), world.network.heal)
+
+
 def _count(world: World, outcome: str) -> None:
     world.bites[f"transfer_{outcome}"] += 1
 
@@ -228,16 +265,16 @@ Fault = Callable[[World], None]
 WEATHER: Mapping[str, Mapping[Fault, int]] = {
     "storm": {
         cut_pair: 6, cut_one_way: 3, isolate: 4, slow_links: 4, lossy: 2, reset_connection: 3, kill: 4, power: 3,
-        end_at_step: 4, pause: 3, slow_disk: 2, transfer: 1, disk_full: 1,
+        end_at_step: 4, end_at_snapshot: 2, pause: 3, slow_disk: 2, transfer: 1, disk_full: 1,
     },
-    "power": {power: 6, end_at_step: 8, kill: 3, power_everywhere: 1, slow_disk: 4, reset_connection: 1, cut_pair: 1},
+    "power": {power: 6, end_at_step: 6, end_at_snapshot: 8, kill: 3, power_everywhere: 1, slow_disk: 4, reset_connection: 1, cut_pair: 1},
     "disk": {disk_full: 5, failed_sync: 3, slow_disk: 3, end_at_step: 3, damaged: 2, kill: 1, power: 1},
     "members": {
-        change_members: 8, two_changes_at_once: 2, transfer: 4, kill: 3, power: 1, cut_pair: 2, isolate: 2, pause: 1,
+        change_members: 8, two_changes_at_once: 2, transfer: 4, transfer_then_cut: 3, kill: 3, power: 1, cut_pair: 2, isolate: 2, pause: 1,
         end_at_step: 1,
     },
-    "isolation": {isolate: 8, pause: 3, slow_links: 2, kill: 1, cut_one_way: 2},
-    "lag": {slow_links: 8, cut_pair: 6, reset_connection: 4, lossy: 3, kill: 2, isolate: 2},
+    "isolation": {isolate: 8, transfer_then_cut: 2, pause: 3, slow_links: 2, kill: 1, cut_one_way: 2},
+    "lag": {slow_links: 8, cut_pair: 4, reset_connection: 3, lossy: 3, kill: 1, isolate: 6},
 }  # fmt: skip
 QUIET = ("lonely", "absence")
 KINDS = (*WEATHER, *QUIET)
@@ -335,7 +372,7 @@ def clear_up(world: World) -> None:
     world.network.heal()
     for process in list(world.processes.values()):
         process.disk.room_bytes = None
-        process.disk.end_at_step = None
+        process.disk.disarm()
         process.disk.fail_next_sync = False
         if process.syncer is not None:
             process.syncer.slow_until = 0.0

@@ -57,6 +57,7 @@ class Process:
         self.replica: SimulatedReplica | None = None
         self.links: SimulatedLinks | None = None
         self.started_once = False
+        self.damaged = False
         self.refused: str | None = None  # why it would not start
         self.ended: str | None = None  # why it ended itself
         self.checked_commit = 0
@@ -96,9 +97,17 @@ class Process:
             self.core.on_fatal(self._fatal)
             self.core.begin()
         except ConsensusStartError as error:
-            self.refused = str(error)
-            world.log("refused", self.node_id)
             self._gone()
+            if "start the node again" in str(error):
+                # The disk failed, or had no room, while it was read: nothing is known to be wrong with what it holds.
+                world.bites["start_failed_by_disk"] += 1
+                world.clock.later(1.0, lambda: world.restart(self))
+            else:
+                world.bites["refused_to_start"] += 1
+                self.refused = str(error)
+                if not self.damaged:
+                    world.violation("refused to start without damage", f"{self.node_id}: {error}")
+            world.log("refused", self.node_id)
             return
         except ProcessEnds:
             self._gone()
@@ -121,7 +130,7 @@ class Process:
     def stop(self) -> None:
         """As `kill -9` does: what the kernel has stays."""
         self._gone()
-        self.disk.end_at_step = None
+        self.disk.disarm()
         self.world.network.stop(self.node_id)
 
     def _fatal(self, reason: str) -> None:
@@ -140,10 +149,7 @@ class Process:
             world.kill(self)
             return
         except Exception:
-            if world.rig.breakage_is_expected:
-                world.bites["exception"] += 1
-            else:
-                world.violation("exception", f"{self.node_id}: {traceback.format_exc()}")
+            world.violation("exception", f"{self.node_id}: {traceback.format_exc()}")
         if self.core is not None:
             world.check(self)
 
@@ -186,6 +192,7 @@ class Call:
     core: RaftCore | None = None
     ended: bool = False
     attempts: int = 0
+    then: Callable[[], None] = lambda: None
 
 
 @dataclass(slots=True)
@@ -227,6 +234,7 @@ class World:
         self._node_count = size
         self._wishes: list[tuple[str, str]] = []
         self.lost_nodes: set[str] = set()
+        self.damaged_node = ""
         founders = tuple(node_info(f"n{number}") for number in range(1, size + 1))
         for info in founders:
             self.processes[info.node_id] = Process(self, info.node_id, founders)
@@ -359,50 +367,36 @@ class World:
         assert core is not None and runtime is not None
         call.process, call.core, call.ended = process, core, False
         call.attempts += 1
-        call.due = self.clock.now + DEADLINE_SECONDS
+        call.due = float("inf")
         self.calls.append(call)
-        call_then = self._chain(call, then)
-        if call.kind == "read":
-            process.deliver(
-                lambda: core.barrier(
-                    runtime.now() + DEADLINE_SECONDS, lambda ok: self._read(call, ok, call_then)
-                )
-            )
-        else:
-            process.deliver(
-                lambda: core.submit(
-                    call.command,
-                    runtime.now() + DEADLINE_SECONDS,
-                    lambda end: self._written(call, end, call_then),
-                )
-            )
+        call.then = then
 
-    def _chain(self, call: Call, then: Callable[[], None]) -> Callable[[], None]:
-        self._continuations[id(call)] = then
-        return then
+        def ask() -> None:
+            call.due = self.clock.now + DEADLINE_SECONDS
+            due = runtime.now() + DEADLINE_SECONDS
+            if call.kind == "read":
+                core.barrier(due, lambda confirmed: self._read(call, confirmed))
+            else:
+                core.submit(call.command, due, lambda end: self._written(call, end))
 
-    @property
-    def _continuations(self) -> dict[int, Callable[[], None]]:
-        return self.__dict__.setdefault("_continuation_table", {})
+        process.deliver(ask)
 
-    def _finish(self, call: Call, then: Callable[[], None], seconds: float) -> None:
+    def _finish(self, call: Call, seconds: float) -> None:
         call.ended = True
-        if call in self.calls:
-            self.calls.remove(call)
-        self._continuations.pop(id(call), None)
-        self.clock.later(seconds, then)
+        self.calls = [other for other in self.calls if other is not call]
+        self.clock.later(seconds, call.then)
 
     def _retry_later(self, call: Call) -> None:
-        call.ended = True
-        then = self._continuations.get(id(call), self._client_turn)
-        self.calls = [other for other in self.calls if other is not call]
+        """An outcome that is not known, or a definite no: with a request id the same may be asked again."""
         if call.request and call.attempts < 12:
+            call.ended = True
+            self.calls = [other for other in self.calls if other is not call]
+            then = call.then
             self.clock.later(self.chance.uniform(0.01, 0.3), lambda: self._attempt(call, then))
         else:
-            self._continuations.pop(id(call), None)
-            self.clock.later(self.chance.uniform(0.01, 0.3), then)
+            self._finish(call, self.chance.uniform(0.01, 0.3))
 
-    def _read(self, call: Call, confirmed: bool, then: Callable[[], None]) -> None:
+    def _read(self, call: Call, confirmed: bool) -> None:
         if call.ended:
             return
         process = call.process
@@ -417,16 +411,16 @@ class World:
             self.log("read", process.node_id, revision)
         else:
             self.bites["read_refused"] += 1
-        self._finish(call, then, self.chance.expovariate(1 / self.rig.think_seconds))
+        self._finish(call, self.chance.expovariate(1 / self.rig.think_seconds))
 
-    def _written(self, call: Call, end: ProposalEnd, then: Callable[[], None]) -> None:
+    def _written(self, call: Call, end: ProposalEnd) -> None:
         if call.ended:
             if call.core is not None and call.process is not None and call.core is call.process.core:
                 self.violation("answered twice", repr(end))
             return
         if isinstance(end, Applied):
             self._acknowledged(call, end)
-            self._finish(call, then, self.chance.expovariate(1 / self.rig.think_seconds))
+            self._finish(call, self.chance.expovariate(1 / self.rig.think_seconds))
         else:
             self.bites["rejected" if isinstance(end, Rejected) else "unknown"] += 1
             self._retry_later(call)
@@ -469,6 +463,9 @@ class World:
                 self.lost_nodes.add(process.node_id)
                 self._wishes[:0] = [("remove", process.node_id), ("add", self.new_node())]
         if not self._wishes:
+            damaged = self.processes.get(self.damaged_node)
+            if not self.lost_nodes and (damaged is None or damaged.up):
+                self.damaged_node = ""
             self.clock.later(0.3, self._operate)
             return
         verb, node_id = self._wishes[0]
@@ -498,8 +495,9 @@ class World:
                 self.bites[f"operator_{verb}"] += outcome == "done"
                 if self._wishes and self._wishes[0] == (verb, node_id):
                     self._wishes.pop(0)
-                if verb == "remove" and outcome == "done":
+                if gone and node_id in self.lost_nodes:
                     self.lost_nodes.discard(node_id)
+                    self.processes.pop(node_id, None)
             elif verb == "remove" and "cannot remove itself" in message:
                 self._wishes.insert(0, ("transfer", ""))
             self.clock.later(self.chance.uniform(0.05, 0.5), self._operate)

@@ -140,6 +140,7 @@ class RaftCore:
             messages.ControlRequest: self._on_control_request,
             messages.ControlAnswer: lambda _, m: self._on_control_answer(m),
             messages.Removed: self.membership.on_removed,
+            messages.Introduction: self.membership.on_introduction,
         }
         self._links = make_links(self)
 
@@ -381,6 +382,7 @@ class RaftCore:
         self._connected.add(node_id)
         if self.membership.tell_if_removed(node_id):
             return
+        self.send(node_id, self.membership.introduction())
         self.guard.node_connected(node_id)
         self.proposals.node_connected(node_id)
         self.reads.node_connected(node_id)

@@ -458,14 +458,14 @@ class Guard(SyncObj):  # type: ignore[misc]
         match = self._SyncObj__raftMatchIndex
         following = self._SyncObj__raftNextIndex
         if m.reset:
-            if self.corrections.stable_repair_hint:
-                # 16: of many refusals under way at once only the first says anything new.
-                if m.sent_at < progress.reset_at:
-                    return
-                progress.reset_at = self.runtime.now()
-                following[node] = max(m.next_index, match[node] + 1)
-            else:
+            if not self.corrections.stable_repair_hint:
                 following[node] = m.next_index
+                return
+            # 16: of many refusals under way at once only the first says anything new.
+            if m.sent_at < progress.reset_at:
+                return
+            progress.reset_at = self.runtime.now()
+            following[node] = max(m.next_index, match[node] + 1)
             progress.restart()
             self.replicate(node, probe=following[node] > self.first_index)
         elif m.success:

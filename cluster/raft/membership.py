@@ -11,7 +11,7 @@ A learner is always on its way to being a voter: whichever leader sees it caught
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 from cluster.consensus import NodeInfo
@@ -24,7 +24,7 @@ from cluster.raft.entries import (
     encode_configuration,
 )
 from cluster.raft.guard import Guard
-from cluster.raft.messages import Message, Removed, TimeoutNow
+from cluster.raft.messages import Introduction, Message, Removed, TimeoutNow
 
 Ended = Callable[[str, str], None]
 """(outcome, message): `done`, `refused` (definitely nothing happened) or `unknown`."""
@@ -71,6 +71,7 @@ class Membership:
         self._transfer_told = False
         self._dialled: set[str] = set()
         self._told: set[str] = set()
+        self._introduced: tuple[int, Configuration] = (0, Configuration(()))
         self.is_removed = False
 
     # -- what is in force
@@ -142,19 +143,26 @@ class Membership:
         if node_id not in self._dialled:
             self._host.hang_up(node_id)
 
+    def introduction(self) -> Introduction:
+        return Introduction(self.current_index, encode_configuration(self.current))
+
+    def on_introduction(self, node_id: str, m: Introduction) -> None:
+        """A node that was away while the members changed would let none of the new ones in, its leader included."""
+        if self.current.find(node_id) is not None and m.index > max(self.current_index, self._introduced[0]):
+            self._introduced = (m.index, decode_configuration(m.configuration))
+
+    def _who_may_connect(self) -> Iterator[NodeInfo]:
+        """Members, those removed, who may connect to be told so, and those this node was told of."""
+        current = self.current
+        yield from (*current.voters, *current.learners, *current.removed)
+        if self._introduced[0] > self.current_index:
+            yield from (*self._introduced[1].voters, *self._introduced[1].learners)
+
     def knows(self, node_id: str) -> NodeInfo | None:
-        """Members, and those removed, who may connect to be told so."""
-        found = self.current.find(node_id)
-        if found is None:
-            found = next((node for node in self.current.removed if node.node_id == node_id), None)
-        return found
+        return next((node for node in self._who_may_connect() if node.node_id == node_id), None)
 
     def by_fingerprint(self, fingerprint: str) -> str | None:
-        configuration = self.current
-        for node in (*configuration.voters, *configuration.learners, *configuration.removed):
-            if node.key_fingerprint == fingerprint:
-                return node.node_id
-        return None
+        return next((node.node_id for node in self._who_may_connect() if node.key_fingerprint == fingerprint), None)
 
     # -- changing it, as leader
 

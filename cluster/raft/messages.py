@@ -164,6 +164,14 @@ class Removed(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=18):
     index: int
 
 
+class Introduction(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=19):
+    """The members as the sender knows them, said once per connection. A node that was away learns from it whom to
+    let in; votes and commits know nothing of it."""
+
+    index: int
+    configuration: bytes
+
+
 Message: TypeAlias = (
     AppendEntries
     | Ack
@@ -183,4 +191,5 @@ Message: TypeAlias = (
     | ControlRequest
     | ControlAnswer
     | Removed
+    | Introduction
 )
