@@ -11,7 +11,7 @@ from state_worlds import copy_of, request_hash, request_id, run
 from state_machine import codec, limits
 from state_machine import commands as c
 from state_machine.machine import StateMachine
-from state_machine.outcomes import Applied, Code, Refused
+from state_machine.outcomes import Applied, Code, Outcome, Refused
 
 NOW = 1_700_000_000_000
 
@@ -113,6 +113,28 @@ def test_what_was_forgotten_is_too_old_for_its_caller_only(monkeypatch: pytest.M
     assert ask("bob", 499) is False, "ann's clock is not bob's"
     assert ask("ann", 600) == Code.REQUEST_TOO_OLD, "it was forgotten meanwhile"
     assert ask("ann", 601) is False, "minted after what was forgotten: certainly not executed"
+
+
+def test_the_latest_of_what_was_forgotten_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ids do not come in the order of their minting."""
+    monkeypatch.setattr(limits, "REQUESTS_KEPT_MAX", 3)
+    machine = StateMachine()
+    run(machine, register("ann"))
+
+    def ask(minted_ms: int) -> Outcome:
+        return run(
+            machine,
+            c.ChangePassword("ann", "h", NOW),
+            caller="ann",
+            request_id=request_id(minted_ms),
+            request_hash=request_hash("a"),
+        )
+
+    for minted_ms in (900, 500, 1_000, 1_001, 1_002):
+        assert isinstance(ask(minted_ms), Applied)
+    again = ask(900)
+    assert isinstance(again, Refused)
+    assert again.code == Code.REQUEST_TOO_OLD
 
 
 def test_outcomes_are_bounded_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
