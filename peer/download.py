@@ -414,15 +414,15 @@ class Download:
                 continue
             if source.back_at > now:
                 self.roster.stirred.add(peer)  # looked at again when it is back
-            elif source.in_flight < source.depth(now, piece_bytes):
+            elif source.in_flight < source.depth(piece_bytes):
                 room.append(source)
         if room and self.picker.free_count:
             room.sort(key=lambda source: (source.order(now, piece_bytes), source.peer))
             self._deal(room, now)
         if not self.picker.free_count and self._requests and now >= self._end_at:
             self._end_at = now + endgame.pause_seconds(len(self._requests))
-            room = self._budget_pieces + endgame.BUDGET_EXTRA_PIECES - len(self._requests)
-            for source, index in endgame.copies(self.roster, self._requests, self._piece_bytes, room, now):
+            spare = self._budget_pieces + endgame.BUDGET_EXTRA_PIECES - len(self._requests)
+            for source, index in endgame.copies(self.roster, self._requests, self._piece_bytes, spare, now):
                 self._requests.ask(source, index, 0, now)
 
     def _deal(self, room: list[Source], now: float) -> None:
@@ -444,7 +444,7 @@ class Download:
                     continue
                 if not self._give(source, now):
                     continue
-                if source.in_flight < source.depth(now, self._piece_bytes):
+                if source.in_flight < source.depth(self._piece_bytes):
                     again.append(source)
             room = again
 

@@ -34,7 +34,7 @@ def copies(
     helpers = sorted(
         (source.finish_seconds(now, piece_bytes), source.peer, source)
         for source in roster.sources.values()
-        if source.ready(now) and source.in_flight < source.depth(now, piece_bytes)
+        if source.ready(now) and source.in_flight < source.depth(piece_bytes)
     )
     if not helpers or room <= 0:
         return []

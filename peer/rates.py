@@ -79,3 +79,28 @@ class Latency:
     def seconds(self) -> float:
         """0 while unknown."""
         return self._least
+
+
+class Delivery:
+    """The best rate of delivery seen lately (as BBR's BtlBw): how many bytes came between a request and its end, over
+    that time. It doubles with each round trip as the pipeline deepens, where an average would follow slowly."""
+
+    __slots__ = ("_best", "_memory", "_seen_at", "total_bytes")
+
+    def __init__(self, memory_seconds: float = RATE_MEMORY_SECONDS) -> None:
+        self._memory = memory_seconds
+        self._best = 0.0
+        self._seen_at = 0.0
+        self.total_bytes = 0
+
+    def sample(self, bytes_before: int, asked_at: float, now: float) -> None:
+        """A request ended that was made at `asked_at`, when `total_bytes` was `bytes_before`."""
+        rate = (self.total_bytes - bytes_before) / max(now - asked_at, 1e-4)
+        if rate >= self._best or now - self._seen_at > self._memory:
+            self._best = rate
+            self._seen_at = now
+
+    @property
+    def bytes_per_second(self) -> float:
+        """0 while unknown."""
+        return self._best

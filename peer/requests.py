@@ -52,7 +52,17 @@ class Requests:
         number = self._next_number
         self._next_number = number + 1
         length = self._piece_bytes if index < 0 else self.length_of(index)
-        request = Request(number, source.peer, index, length, now, now, want, alone=not source.in_flight)
+        request = Request(
+            number,
+            source.peer,
+            index,
+            length,
+            now,
+            now,
+            want,
+            bytes_before=source.delivery.total_bytes,
+            alone=not source.in_flight,
+        )
         self._by_number[number] = request
         source.requests[number] = request
         if not source.in_flight:
@@ -87,6 +97,7 @@ class Requests:
         source = self._roster[request.peer]
         source.in_flight_bytes -= count
         source.rate.add(count, now)
+        source.delivery.total_bytes += count
 
     def arrived(self, request: Request, now: float) -> None:
         """The whole body came; the piece is being checked."""
@@ -94,6 +105,7 @@ class Requests:
             return
         self.moved(request, request.length_bytes, now)
         source = self._roster[request.peer]
+        source.delivery.sample(request.bytes_before, request.asked_at, now)
         self._leave_flight(source, request, now)
         request.stage = Stage.CHECKING
         source.arrived_pieces += 1

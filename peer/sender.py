@@ -9,8 +9,9 @@ not send the same. Once every piece that the asker lacks has a copy out, there i
 asker knows better.
 
 **Slots.** Few sends at once, so that each piece is soon whole and passed on; more while they do not fill the link
-(slow readers), or while there is one downloader only. The rest waits, one downloader after the other; past the
-queue's bounds the answer is "busy", with an honest time to come back.
+(slow readers). The rest waits, one downloader after the other; past the queue's bounds the answer is "busy", with an
+honest time to come back. Few also where the path is long: sends that share a link evenly end together, the requests
+that follow come together, and between the two the link is idle for a round trip.
 """
 
 from __future__ import annotations
@@ -196,7 +197,7 @@ class UploadQueue:
         """True: send now. False: wait for the grant. `Busy`: refused."""
         assert ticket not in self._sending and ticket not in self._waiter_of
         queue = self._waiting.get(downloader)
-        if queue is None and self._may_send(downloader, now):
+        if queue is None and self._may_send(now):
             self._start(downloader, ticket, now)
             return True
         queued = len(self._waiter_of)
@@ -256,15 +257,9 @@ class UploadQueue:
             self._rate.bytes_per_second(now), len(self._sending), self._sends_max, len(self._waiter_of)
         )
 
-    def _may_send(self, downloader: str, now: float) -> bool:
+    def _may_send(self, now: float) -> bool:
         sending = len(self._sending)
-        if sending < self._sends_max:
-            return True
-        if sending >= self._unfilled_max:
-            return False
-        alone = len(self._sending_to) == 1 and downloader in self._sending_to
-        only = not self._turn or (len(self._turn) == 1 and self._turn[0] == downloader)
-        return (alone and only) or not self._filled(now)
+        return sending < self._sends_max or (sending < self._unfilled_max and not self._filled(now))
 
     def _filled(self, now: float) -> bool:
         rate = self._rate.bytes_per_second(now)
@@ -279,7 +274,7 @@ class UploadQueue:
 
     def _grant(self, now: float) -> list[int]:
         granted: list[int] = []
-        while self._turn and self._may_send(self._turn[0], now):
+        while self._turn and self._may_send(now):
             downloader = self._turn.popleft()
             queue = self._waiting[downloader]
             ticket = queue.popleft()

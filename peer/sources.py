@@ -14,13 +14,13 @@ from typing import Final
 from msgspec import Struct
 
 from peer.bitmap import Mask
-from peer.rates import Latency, Rate
+from peer.rates import Delivery, Latency, Rate
 from peer.swarm_events import Fault, Load
 
 DEPTH_MAX: Final = 64
 UNKNOWN_RATE: Final = 64 * 1024.0  # bytes per second, of a peer nobody measured: probed, not trusted
 STALL_SECONDS_MIN: Final = 3.0
-QUEUED_SECONDS_MIN: Final = 6.0  # before the first byte: the request may wait for a slot
+QUEUED_SECONDS_MIN: Final = 12.0  # before the first byte: the request may wait for a slot
 STALL_READ_BYTES: Final = 256 * 1024
 CONNECT_RETRY_SECONDS: Final = 0.5
 CONNECT_RETRY_SECONDS_MAX: Final = 30.0
@@ -48,6 +48,7 @@ class Request(Struct, gc=False, eq=False):
     want: Mask = 0
     got_bytes: int = 0
     stage: Stage = Stage.ASKED
+    bytes_before: int = 0  # the peer's delivery when it was asked
     alone: bool = False  # nothing else was asked of the peer: its first byte measures the path
 
 
@@ -64,6 +65,7 @@ class Source:
         "connect_at",
         "connect_failures",
         "connecting",
+        "delivery",
         "depth_allowed",
         "failures",
         "have",
@@ -96,6 +98,7 @@ class Source:
         self.chooses = True  # answers `RequestNext`
         self.load: Load | None = None
         self.rate = Rate()
+        self.delivery = Delivery()
         self.latency = Latency()
         self.requests: dict[int, Request] = {}  # in any stage
         self.in_flight = 0  # of them, not yet arrived
@@ -112,12 +115,12 @@ class Source:
     def ready(self, now: float) -> bool:
         return self.linked and not self.leaving and now >= self.back_at
 
-    def depth(self, now: float, piece_bytes: int) -> int:
+    def depth(self, piece_bytes: int) -> int:
         """How many requests keep the path full: twice the product of bandwidth and delay, and one that is being
         sent while the next waits. A peer that never sent anything is probed with one."""
         if not self.arrived_pieces:
             return 1
-        path_bytes = 2.0 * self.latency.seconds * self.rate.bytes_per_second(now)
+        path_bytes = 2.0 * self.latency.seconds * self.delivery.bytes_per_second
         return min(2 + int(path_bytes / piece_bytes), self.depth_allowed, DEPTH_MAX)
 
     def bytes_per_second(self, now: float) -> float:

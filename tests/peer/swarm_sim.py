@@ -144,7 +144,14 @@ class Swarm:
     # ---- the tracker -------------------------------------------------------------------------------------------
 
     def add(
-        self, name: str, *, up: float, down: float = UNLIMITED, delay: float = 0.0002, have: int = 0, **traits: bool
+        self,
+        name: str,
+        *,
+        up: float,
+        down: float = UNLIMITED,
+        delay: float = 0.0002,
+        have: int = 0,
+        **traits: bool,
     ) -> SimPeer:
         peer = SimPeer(self, name, up, down, delay, have, **traits)
         peer.joined_at = self.now
@@ -189,7 +196,7 @@ class Swarm:
             other.choice.unlinked(peer.name)
             self._feed(other, ev.LinkDown(peer.name, leaving=graceful))
         peer.links.clear()
-        for flow in list(peer.sending) + [f for f in self._queued_at(peer)]:
+        for flow in list(peer.sending) + self._queued_at(peer):
             self._break(flow, Failure.GONE)
         for flow in list(peer.asked.values()):
             self._cancel_at_server(flow)
@@ -247,7 +254,13 @@ class Swarm:
                     if peer.confirms:
                         for name in peer.links:
                             other = self.peers[name]
-                            self.at(self.now + self._one_way(peer, other), self._have_arrives, peer, other, action.pieces)
+                            self.at(
+                                self.now + self._one_way(peer, other),
+                                self._have_arrives,
+                                peer,
+                                other,
+                                action.pieces,
+                            )
                 case ev.Connect():
                     other = self.peers[action.peer]
                     self.at(self.now + 2 * self._one_way(peer, other), self._connected, peer, other)
@@ -309,7 +322,9 @@ class Swarm:
         if not peer.alive:
             return
         declared = peer.queue.declared(self.now)
-        load = ev.Load(peer.name, declared.bytes_per_second, declared.sending, declared.slots, declared.queued)
+        load = ev.Load(
+            peer.name, declared.bytes_per_second, declared.sending, declared.slots, declared.queued
+        )
         for name in peer.links:
             self._feed(self.peers[name], load)
         self.at(self.now + self.load_seconds, self._declare, peer)
@@ -358,7 +373,9 @@ class Swarm:
                 return
             flow.index = index
         length = min(self.piece_bytes, self.size_bytes - flow.index * self.piece_bytes)
-        server.choice.started(asker.name, flow.index, self.now, length * (len(server.sending) + 1) / server.up)
+        server.choice.started(
+            asker.name, flow.index, self.now, length * (len(server.sending) + 1) / server.up
+        )
         server.sent.append(flow.index)
         flow.remaining = length + HEADER_BYTES
         flow.updated_at = self.now
