@@ -42,6 +42,11 @@ def invitation_hash(code: str) -> str:
     return hashlib.sha256(code.encode("utf-8", "surrogatepass")).hexdigest()
 
 
+class PerhapsBehindError(ProblemError):
+    """A genuine session may be news to this node: it was just started, or another node answered a moment
+    ago. Only what is current sends anyone away: ask again after a barrier."""
+
+
 class Passwords:
     """Hashes and verifies in few threads, with a bounded queue: argon2id is meant to be slow."""
 
@@ -155,7 +160,11 @@ class Sessions:
         """Raises `ProblemError` unless it is a session that lives."""
         claims = self.read(authorization)
         if not self.lives(claims):
-            raise unauthenticated("The session was ended, by signing out or by a change of password.")
+            said = "The session was ended, by signing out or by a change of password."
+            user = self._machine.state.users.get(claims.user)
+            if user is None or user.session_epoch < claims.epoch:
+                raise PerhapsBehindError(kinds.UNAUTHENTICATED, said)
+            raise unauthenticated(said)
         return claims
 
     def read(self, authorization: str | None) -> SessionClaims:
@@ -180,7 +189,10 @@ class Sessions:
         try:
             claims = verify_session(token, self._keys, now_ms, skew_ms=self._skew_ms)
         except TokenError as error:
-            raise unauthenticated(_SAID.get(error.fault, "The session is not valid.")) from None
+            said = _SAID.get(error.fault, "The session is not valid.")
+            if error.fault is TokenFault.KEY_UNKNOWN:
+                raise PerhapsBehindError(kinds.UNAUTHENTICATED, said) from None
+            raise unauthenticated(said) from None
         if len(self._verified) >= _SESSIONS_CACHED_MAX:
             del self._verified[next(iter(self._verified))]
         self._verified[token] = (claims, self._machine.state.signing_keys.get(claims.key_id))

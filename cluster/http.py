@@ -26,12 +26,12 @@ from aiohttp.web_exceptions import HTTPException
 from cluster.api import problems as kinds
 from cluster.api.routes import ROUTES, Access, Route
 from cluster.api.types import Answer
+from cluster.auth import PerhapsBehindError
 from cluster.call import Call, Handler, check_request_id
 from cluster.problems import ProblemError
 from state_machine import limits
 
 if TYPE_CHECKING:
-    from cluster.api.tokens import SessionClaims
     from cluster.service import Service
 
 log = structlog.get_logger("cluster.http")
@@ -157,7 +157,14 @@ class Dispatcher:
         """Who calls, then what it says: a stranger's body is not even read."""
         service, route, request = self._service, call.route, call.request
         if route.access is Access.SESSION:
-            call.session = await self._session(route, request.headers.get("Authorization"))
+            authorization = request.headers.get("Authorization")
+            sessions = service.sessions
+            check = sessions.read if route.name in _ENDING_SESSIONS else sessions.check
+            try:
+                call.session = check(authorization)
+            except PerhapsBehindError:
+                await service.barrier()
+                call.session = check(authorization)
         elif route.access is Access.OPERATOR and not operator_of(service, request):
             raise ProblemError(kinds.OPERATORS_ONLY, "This needs an operator's client certificate.")
         if route.writes:
@@ -171,19 +178,6 @@ class Dispatcher:
             data = await self._read(request, _EMPTY_BODY_BYTES_MAX)
             if data.strip() not in (b"", b"{}"):
                 raise ProblemError(kinds.INVALID, "This request takes no body.", field="body")
-
-    async def _session(self, route: Route, authorization: str | None) -> SessionClaims:
-        sessions = self._service.sessions
-        check = sessions.read if route.name in _ENDING_SESSIONS else sessions.check
-        try:
-            return check(authorization)
-        except ProblemError:
-            if authorization is None:
-                raise
-        # This node may be behind: the user, or the key that signed, may be news to it (it was just
-        # started, or another node answered a moment ago). Only what is current sends anyone away.
-        await self._service.barrier()
-        return check(authorization)
 
     def _bound(self, route: Route) -> int:
         settings = self._service.settings
