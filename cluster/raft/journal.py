@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+from collections import deque
 from collections.abc import Callable
 from typing import SupportsIndex, overload
 from zlib import crc32
@@ -127,6 +128,7 @@ class Journal(pysyncobj.journal.Journal):
         self._under_way = False
         self._last_number = self._segments[-1].number  # of the segments that are on the disk
         self._last_cut = 0  # position of the last record that took entries out of the log
+        self._doomed: deque[tuple[int, str]] = deque()  # segments to remove once that position is synced
         self._sealed = False  # whether a mark follows the last record
         self._waiting: list[tuple[int, int, Callable[[], None]]] = []
         self._order = itertools.count()
@@ -193,6 +195,11 @@ class Journal(pysyncobj.journal.Journal):
     def last_index(self) -> int:
         """0 when the log is empty."""
         return self._log[-1][1] if self._log else 0
+
+    @property
+    def next_index(self) -> int:
+        """The only index the next entry may have; 0 when any will do. A log that was emptied remembers it."""
+        return self._next_index
 
     def term_at(self, index: int) -> int | None:
         """The term of the entry at `index`; None when the log does not hold it."""
@@ -470,6 +477,7 @@ class Journal(pysyncobj.journal.Journal):
             self._on_disk_full(False)
         if self._buffer:
             self._begin_batch()
+        self._remove_doomed()
         while self._waiting and self._waiting[0][0] <= self._synced:
             heapq.heappop(self._waiting)[2]()
 
@@ -496,11 +504,21 @@ class Journal(pysyncobj.journal.Journal):
             count += 1
         if not count:
             return
-        names = [segment_name(segment.number) for segment in self._segments[:count]]
+        # In a queue, for they must go oldest first: what a crash leaves is then still a row without a gap.
+        for segment in self._segments[:count]:
+            self._doomed.append((self._last_cut, segment_name(segment.number)))
         del self._segments[:count]
+        self._remove_doomed()
+
+    def _remove_doomed(self) -> None:
+        names = []
+        while self._doomed and self._doomed[0][0] <= self._synced:
+            names.append(self._doomed.popleft()[1])
+        if not names:
+            return
 
         def remove() -> None:
-            for name in names:  # oldest first: what a crash leaves is still a row without a gap
+            for name in names:
                 self._disk.remove(name)
             self._disk.sync_folder()
 
@@ -508,7 +526,7 @@ class Journal(pysyncobj.journal.Journal):
             if outcome is not None and not self._failed:
                 self._fail(outcome)
 
-        self.when_synced(self._last_cut, lambda: self._syncer.submit(remove, removed))
+        self._syncer.submit(remove, removed)
 
 
 def _sync(file: File) -> None:

@@ -146,8 +146,7 @@ def _recover(disk: Disk, identity: Identity) -> Recovered:
                 ) from error
             dropped = len(data) - error.offset
             segments[-1].size_bytes = error.offset
-    if replay.log:
-        replay.commit_hint = min(replay.commit_hint, replay.log[-1][1])
+    replay.commit_hint = min(replay.commit_hint, max(replay.next_index - 1, 0))
 
     file = disk.open_append(segment_name(numbers[-1]))
     if dropped:
