@@ -57,7 +57,7 @@ class Network:
         self.cut: set[tuple[str, str]] = set()  # directed: nothing passes
         self.delay: dict[tuple[str, str], float] = {}
         self.loss = 0.0
-        self.watch: Callable[[str, str, bytes], None] = lambda sender, receiver, data: None
+        self.watch: Callable[[str, str, bytes, Message], None] = lambda sender, receiver, data, message: None
         self._count = 0
 
     def start(self, endpoint: Endpoint) -> None:
@@ -133,6 +133,9 @@ class Network:
         if self.endpoints.get(endpoint.node_id) is endpoint and pair not in self._connections:
             endpoint.disconnected(other)
 
+    def hang_up(self, a: str, b: str) -> None:
+        self._clock.later(0.0, lambda: self._break((min(a, b), max(a, b)), "hung_up"))
+
     def reset(self, a: str, b: str) -> None:
         self._break((min(a, b), max(a, b)), "reset")
 
@@ -173,8 +176,8 @@ class Network:
     def _hand_over(self, sender: str, receiver: str, data: bytes) -> None:
         endpoint = self.endpoints.get(receiver)
         if endpoint is not None and sender in self.endpoints:
-            self.watch(sender, receiver, data)
             message = _decode(data)
+            self.watch(sender, receiver, data, message)
             endpoint.deliver(lambda: endpoint.message(sender, message))
 
     # -- faults
@@ -223,3 +226,4 @@ class SimulatedLinks:
 
     def hang_up(self, node_id: str) -> None:
         self.wanted.discard(node_id)
+        self._network.hang_up(self._node_id, node_id)

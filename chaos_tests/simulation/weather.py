@@ -125,11 +125,15 @@ def end_at_snapshot(world: World) -> None:
     """The same, at a step of a snapshot's file: written, synced, renamed, the older one removed."""
     process = _some(world)
     if process is not None:
-        step = world.chance.choice(["create", "append", "appended", "sync", "synced", "rename", "renamed", "remove"])
+        step = world.chance.choice(
+            ["create", "append", "appended", "sync", "synced", "rename", "renamed", "remove"]
+        )
         _end_then_restart(world, process, None, ("snapshot-", step))
 
 
-def _end_then_restart(world: World, process: Process, at_step: int | None, at: tuple[str, str] | None) -> None:
+def _end_then_restart(
+    world: World, process: Process, at_step: int | None, at: tuple[str, str] | None
+) -> None:
     process.disk.end_at_step, process.disk.end_at = at_step, at
     with_power = world.chance.random() < 0.5
 
@@ -214,21 +218,79 @@ def change_members(world: World) -> None:
 
 
 def two_changes_at_once(world: World) -> None:
-    """Ask the leader for two changes in one turn: no more than one may begin."""
+    """Ask the leader for two changes in one turn, and split the nodes so that both halves could believe in theirs."""
     leader = world.leader()
-    if leader is None or leader.core is None or world.wishes or world.lost_nodes:
+    if leader is None or leader.core is None or leader.runtime is None or world.wishes or world.lost_nodes:
         return
     voters = [
         node.node_id for node in leader.core.membership.current.voters if node.node_id != leader.node_id
     ]
-    if len(voters) < 4:
+    if len(voters) < 4 or not leader.core.guard.acting:
         return
-    core, runtime = leader.core, leader.runtime
-    assert runtime is not None
+    core, due = leader.core, leader.runtime.now() + 3.0
     world.bites["two_changes_asked"] += 1
-    for node_id in world.chance.sample(voters, 2):
-        due = runtime.now() + 3.0
-        leader.deliver(lambda node_id=node_id: core.control("remove", node_id.encode(), due, lambda *_: None))  # type: ignore[misc]
+    gone = world.chance.sample(voters, 2)
+    friend = world.chance.choice([node_id for node_id in voters if node_id not in gone])
+
+    def ask() -> None:
+        for node_id in gone:
+            core.control("remove", node_id.encode(), due, lambda *_: None)
+
+    leader.deliver(ask)
+    for other in sorted(world.processes):
+        if other not in (leader.node_id, friend):
+            world.network.cut_both(leader.node_id, other)
+            world.network.cut_both(friend, other)
+    world.clock.later(world.chance.uniform(2.0, 5.0), world.network.heal)
+
+
+def change_then_restart(world: World) -> None:
+    """The leader and a friend lose power while a change is in their logs and nowhere else."""
+    leader = world.leader()
+    if leader is None or leader.core is None or leader.runtime is None or world.wishes or world.lost_nodes:
+        return
+    voters = [
+        node.node_id for node in leader.core.membership.current.voters if node.node_id != leader.node_id
+    ]
+    if len(voters) not in (3, 4) or not leader.core.guard.acting:
+        return
+    core, due = leader.core, leader.runtime.now() + 3.0
+    world.bites["change_then_restart"] += 1
+    gone, friend = world.chance.sample(voters, 2)
+    leader.deliver(lambda: core.control("remove", gone.encode(), due, lambda *_: None))
+    down = [world.processes[node_id] for node_id in (leader.node_id, friend) if node_id in world.processes]
+
+    def lose() -> None:
+        for process in down:
+            world.lose_power(process)
+            _restart_later(world, process)
+
+    world.clock.later(world.chance.uniform(0.002, 0.05), lose)
+
+
+def kill_after_vote(world: World) -> None:
+    """A voter loses power just after its vote has arrived, and the one it voted for is cut off: whom will it vote for
+    when it is back?"""
+    leader = world.leader()
+    if leader is None or world.on_vote is not None:
+        return
+
+    def voted(voter: str, candidate: str) -> None:
+        world.on_vote = None
+        process = world.processes.get(voter)
+        if process is None or not process.up:
+            return
+        world.bites["power_lost_after_vote"] += 1
+        for other in sorted(world.processes):
+            if other != candidate:
+                world.network.cut_one_way(candidate, other)
+        world.clock.later(0.0, lambda: world.lose_power(process))
+        world.clock.later(0.05, lambda: world.restart(process))
+        world.clock.later(world.chance.uniform(2.5, 3.5), world.network.heal)
+
+    world.on_vote = voted
+    world.kill(leader)
+    world.clock.later(0.05, lambda: world.restart(leader))
 
 
 def transfer(world: World) -> None:
@@ -245,7 +307,9 @@ def transfer_then_cut(world: World) -> None:
     if leader is None or leader.core is None or leader.runtime is None or follower is None:
         return
     core, due = leader.core, leader.runtime.now() + 2.0
-    leader.deliver(lambda: core.control("transfer", follower.encode(), due, lambda outcome, _: _count(world, outcome)))
+    leader.deliver(
+        lambda: core.control("transfer", follower.encode(), due, lambda outcome, _: _count(world, outcome))
+    )
     world.bites["transfer_cut"] += 1
 
     def cut() -> None:
@@ -267,21 +331,22 @@ WEATHER: Mapping[str, Mapping[Fault, int]] = {
         cut_pair: 6, cut_one_way: 3, isolate: 4, slow_links: 4, lossy: 2, reset_connection: 3, kill: 4, power: 3,
         end_at_step: 4, end_at_snapshot: 2, pause: 3, slow_disk: 2, transfer: 1, disk_full: 1,
     },
-    "power": {power: 6, end_at_step: 6, end_at_snapshot: 8, kill: 3, power_everywhere: 1, slow_disk: 4, reset_connection: 1, cut_pair: 1},
+    "power": {power: 6, end_at_step: 6, end_at_snapshot: 8, kill_after_vote: 3, kill: 3, power_everywhere: 1, slow_disk: 4, reset_connection: 1, cut_pair: 1},
     "disk": {disk_full: 5, failed_sync: 3, slow_disk: 3, end_at_step: 3, damaged: 2, kill: 1, power: 1},
     "members": {
-        change_members: 8, two_changes_at_once: 2, transfer: 4, transfer_then_cut: 3, kill: 3, power: 1, cut_pair: 2, isolate: 2, pause: 1,
+        change_members: 6, two_changes_at_once: 5, change_then_restart: 2, transfer: 4, transfer_then_cut: 3, kill: 3, power: 1, cut_pair: 2, isolate: 2, pause: 1,
         end_at_step: 1,
     },
     "isolation": {isolate: 8, transfer_then_cut: 2, pause: 3, slow_links: 2, kill: 1, cut_one_way: 2},
     "lag": {slow_links: 8, cut_pair: 4, reset_connection: 3, lossy: 3, kill: 1, isolate: 6},
 }  # fmt: skip
 QUIET = ("lonely", "absence")
+ABSENCE: dict[str, Any] = dict(SMALL, log_bytes_before_snapshot=60_000, keep_tail_bytes=120_000)
 KINDS = (*WEATHER, *QUIET)
 
 
 def tuning(kind: str) -> dict[str, Any]:
-    return dict(ROOMY if kind in ("absence", "lag") else SMALL)
+    return dict(ABSENCE if kind == "absence" else ROOMY if kind == "lag" else SMALL)
 
 
 def begin(world: World, kind: str, pace_seconds: float) -> None:
@@ -369,6 +434,7 @@ def clear_up(world: World) -> None:
     """The faults end: links heal, disks have room, whoever is down comes back."""
     world.faults_over = True
     world.steady_term = None
+    world.on_vote = None
     world.network.heal()
     for process in list(world.processes.values()):
         process.disk.room_bytes = None

@@ -24,11 +24,12 @@ from chaos_tests.simulation.replica import SimulatedReplica, encode_command
 from chaos_tests.simulation.rig import Rig
 from cluster.consensus import Applied, ConsensusStartError, NodeInfo, ProposalEnd, Rejected
 from cluster.raft.core import LinkEvents, RaftCore
-from cluster.raft.messages import Message
+from cluster.raft.messages import Message, Vote
 from cluster.raft.settings import RaftSettings
 
 DEADLINE_SECONDS = 3.0
 CLUSTER = "simulated"
+CLIENTS = 7
 
 
 class CallerGoneError(Exception):
@@ -229,6 +230,8 @@ class World:
         self.faults_over = False
         self.steady_term: int | None = None  # while set, leadership must not change
         self.no_snapshot_needed = False
+        self.on_vote: Callable[[str, str], None] | None = None
+        self._voters: dict[str, frozenset[str]] = {}
         self._trace = hashlib.blake2b(digest_size=16)
         self._requests = 0
         self._node_count = size
@@ -241,7 +244,7 @@ class World:
         for process in list(self.processes.values()):
             process.start()
         self.clock.later(0.3, self._operate)
-        for number in range(4):
+        for number in range(CLIENTS):
             self.clock.later(0.5 + 0.01 * number, self._client_turn)
 
     # -- what the run is made of
@@ -271,8 +274,11 @@ class World:
     def log(self, *what: object) -> None:
         self._trace.update(repr((round(self.clock.now, 6), *what)).encode())
 
-    def _watch(self, sender: str, receiver: str, data: bytes) -> None:
+    def _watch(self, sender: str, receiver: str, data: bytes, message: Message) -> None:
         self._trace.update(b"%d" % crc32(data, crc32(f"{sender}>{receiver}@{self.clock.now:.6f}".encode())))
+
+        if self.on_vote is not None and isinstance(message, Vote):
+            self.on_vote(sender, receiver)
 
     def violation(self, kind: str, detail: str) -> None:
         self.result.violations.append(f"{kind} at {self.clock.now:.3f} s: {detail}")
@@ -534,8 +540,27 @@ class World:
                         f"{process.node_id} at index {index}: {content}, {self.entries[index]}",
                     )
             process.checked_commit = commit
+        if guard.leading:
+            self._check_new_voters(process, core)
         if self.no_snapshot_needed and core.snapshotting.sent:
             self.violation("snapshot for a short absence", f"{process.node_id} sent one")
+
+    def _check_new_voters(self, process: Process, core: RaftCore) -> None:
+        voters = core.membership.current.voter_ids()
+        before = self._voters.get(process.node_id)
+        if voters == before:
+            return
+        self._voters[process.node_id] = voters
+        for node_id in sorted(voters - before) if before is not None else ():
+            new = self.processes.get(node_id)
+            if (
+                new is not None
+                and new.core is not None
+                and new.core.guard.last_index + 100 < core.guard.commit_index
+            ):
+                self.violation(
+                    "a voter counts before it has caught up", f"{node_id} has {new.core.guard.last_index}"
+                )
 
     def check_callers(self) -> None:
         for call in self.calls:
@@ -586,6 +611,9 @@ class World:
                     process.replica.state.chain,
                 )
             )
+        here = {process.node_id for process in members}
+        if any(process.up and process.node_id not in here for process in self.processes.values()):
+            return False  # a removed node goes on as if it belonged
         return len(states) == 1 and not self.calls
 
     def check_end(self) -> None:
