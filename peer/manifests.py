@@ -7,6 +7,7 @@ manifest is (`manifest.py`).
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import random
 from collections.abc import Callable
 from typing import Final
@@ -44,7 +45,8 @@ class ManifestFetcher:
         patience_seconds: float | None,
     ) -> Manifest:
         """The manifest of a group's file. Waits for a peer that has it, saying so; for at most `patience_seconds` while
-        there is none at all. Raises ManifestError when it contradicts the group's entry, TrimaranError."""
+        there is none at all. Raises ManifestError when it cannot be used or contradicts the group's entry,
+        TrimaranError."""
         kept = await asyncio.to_thread(self._kept, file.manifest_id)
         if kept is not None:
             return self._checked(kept, file)
@@ -119,10 +121,7 @@ class ManifestFetcher:
             return None
         if reply.head.status != 200:
             return None
-        try:
-            return await asyncio.to_thread(Manifest.decode, bytes(body), file.manifest_id)
-        except ManifestError:
-            return None  # not the manifest of that id: another peer may have the right one
+        return await asyncio.to_thread(_decoded, bytes(body), file.manifest_id)
 
     def _kept(self, manifest_id: str) -> Manifest | None:
         try:
@@ -140,3 +139,11 @@ class ManifestFetcher:
             algorithm=file.algorithm,
         )
         return manifest
+
+
+def _decoded(body: bytes, manifest_id: str) -> Manifest | None:
+    """None: not the bytes of that id, another peer may have the right ones. Raises ManifestError when they are, and
+    still cannot be used: then no peer can help."""
+    if hashlib.sha256(body).hexdigest() != manifest_id:
+        return None
+    return Manifest.decode(body, manifest_id)
