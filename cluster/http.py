@@ -29,6 +29,7 @@ from cluster.api.types import Answer
 from cluster.auth import PerhapsBehindError
 from cluster.call import Call, Handler, check_request_id
 from cluster.problems import ProblemError
+from cluster.written import Written
 from state_machine import limits
 
 if TYPE_CHECKING:
@@ -38,7 +39,6 @@ log = structlog.get_logger("cluster.http")
 
 JSON = "application/json"
 PROBLEM_JSON = "application/problem+json"
-_HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Content-Type": JSON}
 # These end the caller's session, so their repetition comes with an ended one; their handlers check.
 _ENDING_SESSIONS = frozenset({"logout", "change_password"})
 _EMPTY_BODY_BYTES_MAX = 64
@@ -213,24 +213,25 @@ class Dispatcher:
             ) from None
         return b"".join(parts)
 
-    def _answer(self, answer: Answer) -> web.Response:
+    def _answer(self, answer: Answer) -> Written:
         document = msgspec.to_builtins(answer)
         revision = answer.revision
         document.update(self._service.envelope())
         if revision:
             document["revision"] = revision
-        return web.Response(body=orjson.dumps(document), headers=_HEADERS)
+        return Written(200, JSON, orjson.dumps(document))
 
-    def _problem(self, problem: ProblemError) -> web.Response:
-        headers = {**_HEADERS, "Content-Type": PROBLEM_JSON}
+    def _problem(self, problem: ProblemError) -> Written:
+        headers = b""
         if problem.kind.status == 401:
-            headers["WWW-Authenticate"] = "Bearer"
+            headers = b"WWW-Authenticate: Bearer\r\n"
         if problem.retry_after_seconds is not None:
-            headers["Retry-After"] = str(max(1, round(problem.retry_after_seconds)))
+            headers += b"Retry-After: %d\r\n" % max(1, round(problem.retry_after_seconds))
         if problem.kind is kinds.METHOD_NOT_ALLOWED:
-            headers["Allow"] = problem.detail.removeprefix("This resource allows ").rstrip(".")
+            methods = problem.detail.removeprefix("This resource allows ").rstrip(".")
+            headers += b"Allow: %b\r\n" % methods.encode()
         document = problem.document(self._service.envelope())
-        return web.Response(status=problem.kind.status, body=orjson.dumps(document), headers=headers)
+        return Written(problem.kind.status, PROBLEM_JSON, orjson.dumps(document), headers)
 
 
 def convert_body(raw: Any, body: type) -> Any:
