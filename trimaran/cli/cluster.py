@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, Parameter
+from msgspec.structs import replace
 
-from cluster.api.types import AddNodeBody, StatusAnswer
+from cluster.api.types import AddNodeBody, NodeView, StatusAnswer
 from trimaran.operating import with_cluster
 from trimaran.output import Output
 from trimaran.settings import DEFAULTS, Common, usage
 from trimaran.wiring import as_operator, trackers
+
+if TYPE_CHECKING:
+    from cluster.api.client import TrackerClient
 
 app = App(name="cluster", help="The cluster's nodes, for its operators.")
 
@@ -20,6 +24,29 @@ Operator = Annotated[
     str,
     Parameter(metavar="DIR", help="A folder with the operator's certificate; a node's data folder has one."),
 ]
+
+
+async def _survey(client: TrackerClient, *, seconds: float) -> StatusAnswer:
+    """What any node says of the cluster, with each node's own word about itself: only the node knows how far it
+    is. One that does not answer us within `seconds` is not reachable."""
+    from cluster.api.errors import TrackerError
+
+    answer = await client.within(max(seconds, 5.0)).status()
+
+    async def own_word(seen: NodeView) -> tuple[NodeView, StatusAnswer | None]:
+        if seen.id == answer.node:
+            return seen, answer
+        try:
+            said = await client.within(seconds).status(at=seen.address)
+        except TrackerError:
+            return replace(seen, reachable=False), None
+        own = next((each for each in said.nodes if each.id == seen.id), seen)
+        return replace(own, reachable=True), said
+
+    words = await asyncio.gather(*(own_word(each) for each in answer.nodes))
+    # Whoever is furthest in time says who leads: a node that was cut off remembers an old leader.
+    latest = max([answer, *(said for _, said in words if said)], key=lambda each: (each.quorum, each.term))
+    return replace(latest, nodes=[view for view, _ in words])
 
 
 def _document(status: StatusAnswer) -> dict[str, object]:
@@ -65,7 +92,7 @@ def _print(out: Output, status: StatusAnswer) -> None:
 async def status(*, common: Common = DEFAULTS) -> None:
     """Show quorum, leader and nodes. Any node that answers will do; no sign-in is needed."""
     async with trackers(with_cluster(common)) as client:
-        answer = await client.status()
+        answer = await _survey(client, seconds=2.0)
     out = Output.of(common)
     out.answer(_document(answer), lambda: _print(out, answer))
 
@@ -88,7 +115,7 @@ async def watch(
     async with trackers(with_cluster(common)) as client:
         while not count or printed < count:
             try:
-                answer = await client.within(5.0).status()
+                answer = await _survey(client, seconds=1.0)
             except TrackerError as error:
                 if last is None:
                     raise

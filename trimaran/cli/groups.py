@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
-from cluster.api.types import Done
+from cluster.api.types import Done, GroupAnswer
 from trimaran.output import Output
 from trimaran.settings import DEFAULTS, Common
 from trimaran.wiring import SignedIn, signed_in
@@ -57,18 +57,18 @@ async def list_groups(*, common: Common = DEFAULTS) -> None:
 @app.command
 async def show(group: Group, /, *, common: Common = DEFAULTS) -> None:
     """Show a group and its members."""
-    await _show(group, common)
+    await _show(group, common, lambda here: here.trackers.show_group(group))
 
 
 @app.command
 async def members(group: Group, /, *, common: Common = DEFAULTS) -> None:
     """List a group's members, longest-standing first."""
-    await _show(group, common)
+    await _show(group, common, lambda here: here.trackers.list_members(group))
 
 
-async def _show(group: str, common: Common) -> None:
+async def _show(group: str, common: Common, ask: Callable[[SignedIn], Awaitable[GroupAnswer]]) -> None:
     async with signed_in(common) as here:
-        answer = await here.trackers.show_group(group)
+        answer = await ask(here)
     out = Output.of(common)
     document = {
         "name": answer.name,
