@@ -5,16 +5,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 import time
 from pathlib import Path
-
-from peer.session import open_session
 
 from benchmarks.contenders.contender import Contender, Run
 from benchmarks.hosts import Host
 from benchmarks.processes import Process, free_ports, wait_until
 from peer.reports import PeerSession, PeerSettings, Progress
+from peer.session import open_session
 
 TRIMARAN = [sys.executable, "-m", "trimaran"]
 USER, PASSWORD, GROUP, NAME = "bench", "a long enough password", "bench", "it"
@@ -34,6 +34,9 @@ class Trimaran(Contender):
         self._trackers, self._ca = self._start_trackers(work.tracker)
         hosts = [*work.seeders, *work.leechers]
         self._homes = [work.folder / f"home-{number}" for number in range(len(hosts))]
+        for home in self._homes:
+            home.mkdir()
+        asyncio.run(self._sign_in())
         for home, host in zip(self._homes, hosts, strict=True):
             self.processes.append(self._start_peer(home, host))
         peers = self.processes[1:]
@@ -41,13 +44,13 @@ class Trimaran(Contender):
             wait_until(
                 lambda p=process: b'"peer_id"' in p.log.read_bytes(), 30, "a peer is ready", self.processes
             )  # type: ignore[misc]
-        asyncio.run(self._prepare())
+        asyncio.run(self._share())
 
     def _start_trackers(self, host: Host) -> tuple[tuple[str, ...], Path | None]:
         folder = self.work.folder / "trackers"
         command = [
-            *TRIMARAN, "tracker", "local", "--nodes", "3", "--data-dir", str(folder), "--base-port", str(free_ports(1)[0]),
-            "--host", host.address, *(["--insecure"] if self.insecure else []), "--json",
+            sys.executable, "-m", "benchmarks.trackers", str(folder), host.address, str(free_ports(1)[0]),
+            *(["insecure"] if self.insecure else []),
         ]  # fmt: skip
         process = Process(command, self.work.folder / "trackers.log", prefix=host.prefix)
         self.processes.append(process)
@@ -59,29 +62,36 @@ class Trimaran(Contender):
         return PeerSettings(home=home, trackers=self._trackers, ca=self._ca, insecure=self.insecure)
 
     def _start_peer(self, home: Path, host: Host) -> Process:
-        home.mkdir()
         command = [
             *TRIMARAN, "peer", "run", "--home", str(home), "--listen", f"{host.address}:0",
             "--trackers", ",".join(self._trackers), *(["--insecure"] if self.insecure else ["--ca", str(self._ca)]), "--json",
         ]  # fmt: skip
         return Process(command, home.with_suffix(".log"), prefix=host.prefix)
 
-    async def _prepare(self) -> None:
+    async def _sign_in(self) -> None:
+        """One user on all peers. The trackers may lie in another network namespace than this process, so
+        that the command runs where its peer will."""
+        hosts = [*self.work.seeders, *self.work.leechers]
+        await self._command(hosts[0], self._homes[0], "register", USER)
+        await self._command(hosts[0], self._homes[0], "group", "create", GROUP)
+        for host, home in zip(hosts[1:], self._homes[1:], strict=True):
+            await self._command(host, home, "login", USER)
+
+    async def _command(self, host: Host, home: Path, *words: str) -> None:
+        process = await asyncio.create_subprocess_exec(
+            *host.prefix, *TRIMARAN, *words, "--home", str(home), "--trackers", ",".join(self._trackers),
+            *(["--insecure"] if self.insecure else ["--ca", str(self._ca)]), "--json",
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, env={**os.environ, "TRIMARAN_PASSWORD": PASSWORD},
+        )  # fmt: skip
+        said, _ = await process.communicate()
+        if process.returncode:
+            raise RuntimeError(f"trimaran {' '.join(words)}: {said.decode()}")
+
+    async def _share(self) -> None:
         work = self.work
-        first = await open_session(self._settings(self._homes[0]))
-        await first.register(USER, PASSWORD)
-        await first.close()
-        sessions = [await open_session(self._settings(home)) for home in self._homes]
+        sessions = [await open_session(self._settings(home)) for home in self._homes[: len(work.seeders)]]
         for session in sessions:
             assert session.remote, "the benchmark's peer does not run"
-            await session.login(USER, PASSWORD)
-        done = await asyncio.create_subprocess_exec(
-            *TRIMARAN, "group", "create", GROUP, "--home", str(self._homes[0]), "--trackers", ",".join(self._trackers),
-            *(["--insecure"] if self.insecure else ["--ca", str(self._ca)]), "--json",
-            stdout=asyncio.subprocess.DEVNULL,
-        )  # fmt: skip
-        assert await done.wait() == 0, "the group could not be made"
-        for session in sessions[: len(work.seeders)]:
             await session.share(
                 work.source, GROUP, NAME, replace=False, algorithm=self.algorithm, on_progress=_ignore
             )
