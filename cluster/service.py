@@ -34,7 +34,7 @@ from cluster.leases import ROUNDS_PER_LEASE, Expiry, LeaseTimer, Renewals
 from cluster.metrics import Metrics
 from cluster.problems import ProblemError
 from cluster.settings import ServiceSettings
-from cluster.watch import Hub
+from cluster.watch import HEARTBEAT_SLOTS, Hub
 from state_machine import codec, outcomes, queries
 from state_machine.commands import AnnouncePeers, AnyCommand, Prune
 from state_machine.machine import StateMachine
@@ -86,6 +86,7 @@ class Service:
         self._stopping = False
         self._waiters: list[tuple[int, int, asyncio.Future[None]]] = []
         self._waiter_number = 0
+        self._slot = 0
         self.metrics.attach(self)
         machine.follow(self.hub.publish, self.hub.restored)
         self.hub.when_revision(self._revision_moved)
@@ -98,7 +99,8 @@ class Service:
         self.keys.load()
         settings = self.settings
         lease_round = settings.lease_seconds / ROUNDS_PER_LEASE
-        self._start("heartbeat", self._heartbeat_round, settings.heartbeat_seconds)
+        self._start("heartbeat", self._heartbeat_round, settings.heartbeat_seconds / HEARTBEAT_SLOTS)
+        self._start("sweep", self._sweep_round, settings.heartbeat_seconds)
         self._start("renewal", self.renewals.renew, settings.renew_seconds)
         self._start("expiry", self._expiry_round, lease_round)
         self._start("prune", self._prune_round, settings.prune_seconds)
@@ -141,10 +143,12 @@ class Service:
             await asyncio.sleep(_KEY_REST_SECONDS if self.keys.ready else _KEY_ROUND_SECONDS)
 
     async def _heartbeat_round(self) -> None:
+        self._slot = (self._slot + 1) % HEARTBEAT_SLOTS
         if self.consensus.quorum_age_seconds() < self.settings.heartbeat_quorum_seconds:
-            self.hub.heartbeat()
-        else:
-            self.hub.sweep()
+            self.hub.heartbeat(self._slot)
+
+    async def _sweep_round(self) -> None:
+        self.hub.sweep()
 
     async def _expiry_round(self) -> None:
         if self.consensus.is_leader():

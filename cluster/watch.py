@@ -51,6 +51,8 @@ _HINTS: Final[dict[Cut, str]] = {
     "then watch.",
     "stopping": "This node is stopping. Watch from the last revision at another node.",
 }
+HEARTBEAT_SLOTS: Final = 10
+_PAST_QUEUES_MAX: Final = 8  # how many times the queue a stream may begin with
 _BROAD: Final = ("", "/groups", "/users")
 _EVENT_BYTES: Final = 200  # what an event costs in memory beside its value, about
 _FIELD_BYTES: Final = 120  # what a field of its value costs
@@ -76,6 +78,8 @@ class Watcher:
     prefixes: tuple[str, ...]
     sink: Sink
     revision: int  # everything up to here was written
+    queue_bytes_max: int  # what may wait; more for one that began with much of the past
+    slot: int
     ended: bool = False
 
     @property
@@ -84,7 +88,7 @@ class Watcher:
 
 
 class HistoryGoneError(Exception):
-    """The asked revision lies before the kept history."""
+    """The asked revision lies before the kept history, or so far back that listing costs less."""
 
 
 def normal_prefix(prefix: str) -> str | None:
@@ -113,6 +117,10 @@ class Hub:
         self._kept_bytes = 0
         self._floor = machine.revision  # everything after it is kept
         self._watchers: set[Watcher] = set()
+        # Ten thousand heartbeats at once would hold the loop for longer than Raft can bear: they are sent
+        # in turns, a slot after the other.
+        self._slots: list[set[Watcher]] = [set() for _ in range(HEARTBEAT_SLOTS)]
+        self._next_slot = 0
         self._narrow: dict[str, set[Watcher]] = {}
         self._broad: dict[str, set[Watcher]] = {}  # user: watchers of "/" or a first segment
         self._by_user: dict[str, set[Watcher]] = {}
@@ -172,7 +180,8 @@ class Hub:
     def add(
         self, session: SessionClaims, prefixes: tuple[str, ...], sink: Sink, since: int | None
     ) -> Watcher:
-        """Start a stream after revision `since` (None: now). What is kept of the past is written at once.
+        """Start a stream after revision `since` (None: now). What is kept of the past is written at once,
+        then an id alone that says where the stream stands: nobody's heartbeat is waited for.
         Raises `HistoryGoneError`. The node must have reached `since`."""
         revision = self._machine.revision
         if since is None:
@@ -180,10 +189,18 @@ class Hub:
         assert since <= revision, "wait for the revision before"
         if since < self._floor:
             raise HistoryGoneError
-        watcher = Watcher(session, prefixes, sink, revision)
+        queue_bytes_max = self._settings.watch_queue_bytes_max
+        self._next_slot = (self._next_slot + 1) % HEARTBEAT_SLOTS
+        watcher = Watcher(session, prefixes, sink, revision, queue_bytes_max, self._next_slot)
+        past: list[bytes] = []
         for data in self._past(watcher, since):
-            sink.write(data)
+            watcher.queue_bytes_max += len(data)
+            if watcher.queue_bytes_max > (_PAST_QUEUES_MAX + 1) * queue_bytes_max:
+                raise HistoryGoneError
+            past.append(data)
+        sink.write(b"".join((*past, b"id: %d\n\n" % revision)))
         self._watchers.add(watcher)
+        self._slots[watcher.slot].add(watcher)
         self._by_user.setdefault(watcher.user, set()).add(watcher)
         for prefix in prefixes:
             if prefix in _BROAD:
@@ -198,6 +215,7 @@ class Hub:
         if watcher not in self._watchers:
             return
         self._watchers.remove(watcher)
+        self._slots[watcher.slot].discard(watcher)
         _discard(self._by_user, watcher.user, watcher)
         for prefix in watcher.prefixes:
             _discard(self._narrow, prefix, watcher)
@@ -219,18 +237,13 @@ class Hub:
             self.remove(watcher)
             watcher.sink.end()
 
-    def greet(self, watcher: Watcher) -> None:
-        """Tell a new watcher where it stands; nobody else's heartbeat is waited for."""
-        watcher.sink.write(b"id: %d\n\n" % watcher.revision)
-
-    def heartbeat(self) -> None:
-        """To all, the same bytes: this node hears a quorum, and has told everything up to a revision."""
-        self.sweep()
+    def heartbeat(self, slot: int) -> None:
+        """To all of a slot, the same bytes: this node hears a quorum, and has told everything up to a
+        revision."""
         revision = self._machine.revision
         data = b": hb\nid: %d\n\n" % revision
-        queued_max = self._settings.watch_queue_bytes_max
-        for watcher in list(self._watchers):
-            if watcher.sink.queued_bytes() > queued_max:
+        for watcher in list(self._slots[slot]):
+            if watcher.sink.queued_bytes() > watcher.queue_bytes_max:
                 self.cut(watcher, "slow")
                 continue
             watcher.revision = revision
@@ -289,14 +302,13 @@ class Hub:
             if event.type in ("user.sessions_voided", "session.revoked"):
                 ended.append(event.path.split("/")[2])
         frames: dict[tuple[int, ...], bytes] = {}
-        queued_max = self._settings.watch_queue_bytes_max
         for watcher, numbers in seen.items():
             chosen = tuple(numbers)
             data = frames.get(chosen)
             if data is None:
                 data = frames[chosen] = frame(change.revision, [change.events[n] for n in chosen])
             queued = watcher.sink.queued_bytes()
-            if queued and queued + len(data) > queued_max:
+            if queued and queued + len(data) > watcher.queue_bytes_max:
                 self.cut(watcher, "slow")
                 continue
             watcher.revision = change.revision

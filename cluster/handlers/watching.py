@@ -24,22 +24,33 @@ _GOODBYE_SECONDS: Final = 5.0  # for a slow reader to take in why it was cut off
 
 
 class StreamSink:
-    """Writes HTTP/1.1 chunks (RFC 9112, 7.1) to the connection. `done` when the stream is to end."""
+    """Writes HTTP/1.1 chunks (RFC 9112, 7.1) to the connection, once it is `open`; until then, while the
+    response's head leaves, it keeps them. `done` when the stream is to end."""
 
-    def __init__(self, transport: asyncio.Transport) -> None:
-        self._transport = transport
+    def __init__(self) -> None:
+        self._transport: asyncio.Transport | None = None
+        self._kept: list[bytes] = []
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
+    def open(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        kept, self._kept = self._kept, []
+        for data in kept:
+            self.write(data)
+
     def write(self, data: bytes) -> None:
-        if not self._transport.is_closing():
+        if self._transport is None:
+            self._kept.append(data)
+        elif not self._transport.is_closing():
             self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
     def queued_bytes(self) -> int:
-        # A TLS transport that was aborted has nothing behind it that could be asked.
-        return 0 if self._transport.is_closing() else self._transport.get_write_buffer_size()
+        if self._transport is None:
+            return sum(map(len, self._kept))
+        return self._transport.get_write_buffer_size()
 
     def gone(self) -> bool:
-        return self._transport.is_closing()
+        return self._transport is not None and self._transport.is_closing()
 
     def end(self) -> None:
         if not self.done.done():
@@ -57,9 +68,18 @@ async def watch(service: Service, call: Call) -> web.StreamResponse:
     if since is not None:
         await _reach(service, since)
     service.check_session(call)
-    if since is not None and since < service.hub.floor:
-        raise _gone(service, since)
+    sink = StreamSink()
+    try:
+        watcher = service.hub.add(call.session, prefixes, sink, since)
+    except HistoryGoneError:
+        raise _gone(service, since or 0) from None
+    try:
+        return await _stream(call, sink)
+    finally:
+        service.hub.remove(watcher)
 
+
+async def _stream(call: Call, sink: StreamSink) -> web.StreamResponse:
     response = web.StreamResponse(
         headers={
             "Content-Type": "text/event-stream; charset=utf-8",
@@ -70,21 +90,14 @@ async def watch(service: Service, call: Call) -> web.StreamResponse:
     response.enable_chunked_encoding()
     response.force_close()
     await response.prepare(call.request)
+    await response.write(b"retry: 500\n\n")  # the head leaves with it
     transport = call.request.transport
-    if transport is None:
-        return response
-    await response.write(b"retry: 500\n\n")  # the headers leave with it
-    sink = StreamSink(transport)
-    try:
-        watcher = service.hub.add(call.session, prefixes, sink, since)
-    except HistoryGoneError:  # between the check and here, while the headers left
-        return response
-    service.hub.greet(watcher)
-    try:
-        await sink.done
-    finally:
-        service.hub.remove(watcher)
-        asyncio.get_running_loop().call_later(_GOODBYE_SECONDS, transport.abort)
+    if transport is not None:
+        sink.open(transport)
+        try:
+            await sink.done
+        finally:
+            asyncio.get_running_loop().call_later(_GOODBYE_SECONDS, transport.abort)
     return response
 
 
@@ -123,8 +136,8 @@ async def _reach(service: Service, since: int) -> None:
 def _gone(service: Service, since: int) -> ProblemError:
     return ProblemError(
         kinds.HISTORY_GONE,
-        f"Revision {since} is not in the kept history: this node has what came after "
-        f"{service.hub.floor} and is at {service.machine.revision}.",
+        f"A stream cannot begin after revision {since}: this node keeps what came after {service.hub.floor}, "
+        f"as far as it is not too much to be told at once, and is at {service.machine.revision}.",
         field="since",
     )
 
