@@ -183,9 +183,9 @@ def test_crash_at_any_step_keeps_what_was_synced(
         for entry in following.journal[:] if hint > 1 else []:
             if entry[1] in harness.committed and entry[1] <= hint:
                 assert entry == harness.committed[entry[1]]
-        following.committed = {
-            i: entry for i, entry in harness.committed.items() if i <= following.journal.last_index
-        }
+        known = {i: entry for i, entry in harness.committed.items() if i <= following.journal.last_index}
+        hinted = {entry[1]: entry for entry in following.journal[:] if 1 < entry[1] <= hint}
+        following.committed = known | hinted
         log = harness.states[following.journal.written][0]
         following.full_log = list(log)
         following.compacted = harness.compacted
