@@ -87,8 +87,26 @@ class Dispatcher:
         self._service = service
         self._table = build_table(handlers)
         self._in_work = 0
+        # Connections that have asked for nothing yet, and since when; the oldest first.
+        self._silent: dict[web.RequestHandler, float] = {}
+
+    def opened(self, connection: web.RequestHandler) -> None:
+        self._silent[connection] = self._service.monotonic()
+
+    def closed(self, connection: web.RequestHandler) -> None:
+        self._silent.pop(connection, None)
+
+    def sweep(self) -> None:
+        """Close connections that never asked for anything: each costs a descriptor, and there are few."""
+        latest = self._service.monotonic() - self._service.settings.silent_seconds
+        for connection, since in list(self._silent.items()):
+            if since > latest:
+                break
+            del self._silent[connection]
+            connection.force_close()
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
+        self._silent.pop(request.protocol, None)
         service = self._service
         metrics = service.metrics
         started = service.monotonic()
@@ -300,19 +318,43 @@ def operator_of(service: Service, request: web.BaseRequest) -> bool:
         return False
 
 
+class _Server(web.Server):
+    """aiohttp's, which tells the dispatcher of new connections and takes no more than may be."""
+
+    def __init__(self, dispatcher: Dispatcher, service: Service) -> None:
+        super().__init__(
+            dispatcher,
+            access_log=None,
+            keepalive_timeout=75.0,
+            max_line_size=8_190,
+            max_field_size=8_190,
+            max_headers=64,
+            lingering_time=2.0,
+            auto_decompress=False,  # a small body may be a large one; compressed ones are refused
+        )
+        self._dispatcher = dispatcher
+        self._connections_max = service.settings.connections_max
+
+    def __call__(self) -> web.RequestHandler:
+        connection = super().__call__()
+        self._dispatcher.opened(connection)
+        return connection
+
+    def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
+        super().connection_made(handler, transport)
+        if len(self.connections) > self._connections_max:
+            transport.abort()
+
+    def connection_lost(self, handler: web.RequestHandler, exc: BaseException | None = None) -> None:
+        self._dispatcher.closed(handler)
+        super().connection_lost(handler, exc)
+
+
 def make_runner(service: Service) -> web.ServerRunner:
     """A server of every route of the table, with this server's bounds; add sites to it. Raises
-    `ValueError` if a route has no handler. Bodies are not decompressed: compressed ones are refused."""
+    `ValueError` if a route has no handler."""
     from cluster.handlers import HANDLERS
 
-    server = web.Server(
-        Dispatcher(service, HANDLERS),
-        access_log=None,
-        keepalive_timeout=75.0,
-        max_line_size=8_190,
-        max_field_size=8_190,
-        max_headers=64,
-        lingering_time=2.0,
-        auto_decompress=False,
-    )
-    return web.ServerRunner(server, handle_signals=False, shutdown_timeout=5.0)
+    dispatcher = Dispatcher(service, HANDLERS)
+    service.when_sweeping(dispatcher.sweep)
+    return web.ServerRunner(_Server(dispatcher, service), handle_signals=False, shutdown_timeout=5.0)

@@ -87,6 +87,7 @@ class Service:
         self._waiters: list[tuple[int, int, asyncio.Future[None]]] = []
         self._waiter_number = 0
         self._slot = 0
+        self._sweeps: list[Callable[[], None]] = []
         self.metrics.attach(self)
         machine.follow(self.hub.publish, self.hub.restored)
         self.hub.when_revision(self._revision_moved)
@@ -149,6 +150,12 @@ class Service:
 
     async def _sweep_round(self) -> None:
         self.hub.sweep()
+        for sweep in self._sweeps:
+            sweep()
+
+    def when_sweeping(self, sweep: Callable[[], None]) -> None:
+        """Call it several times a second, to let go of what nobody uses."""
+        self._sweeps.append(sweep)
 
     async def _expiry_round(self) -> None:
         if self.consensus.is_leader():

@@ -26,6 +26,8 @@ class ServiceSettings(Struct, frozen=True, kw_only=True):
     membership_seconds: float = 60.0
 
     # Bounds on what may wait here.
+    connections_max: int = 30_000
+    silent_seconds: float = 15.0  # a connection's first request must have come by then
     requests_max: int = 4_096  # in work at once; more are told to come back
     body_bytes_max: int = 256 * 1024
     announce_body_bytes_max: int = 8 << 20

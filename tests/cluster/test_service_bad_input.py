@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,22 @@ async def test_a_body_that_never_ends_is_given_up(trackers: Trackers) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
     assert b"408" in head.split(b"\r\n")[0]
     writer.close()
+
+
+async def test_connections_that_ask_for_nothing_are_closed_and_all_are_counted(tmp_path: Path) -> None:
+    changes = {"silent_seconds": 0.2, "connections_max": 20, "heartbeat_seconds": 0.05}
+    async with running(tmp_path, changes=changes) as trackers:
+        port = trackers[0].port
+        assert (await trackers.call("GET", "/healthz")).status == 200  # kept alive: this one is no idler
+        idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(30)]
+        for _, writer in idle[:5]:
+            writer.write(b"GET /healthz HT")
+        async with asyncio.timeout(5):
+            for reader, writer in idle:
+                with contextlib.suppress(ConnectionError):
+                    assert await reader.read() == b""
+                writer.close()
+        assert (await trackers.call("GET", "/healthz")).status == 200
 
 
 @pytest.mark.parametrize(
