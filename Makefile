@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 FILE ?=
 SEEDS ?= 1000
 HOURS ?= 1
+SEED ?=
 
 .PHONY: setup demo test lint simulate chaos chaos-nightly chaos-long bench bench-full clean
 
@@ -41,6 +42,16 @@ bench: .venv-bench/.installed
 bench-full: .venv-bench/.installed
 	$(BIN)/python -m benchmarks.swarm --full
 	$(BIN)/python -m benchmarks.consensus
+
+chaos: setup
+	$(BIN)/python -m chaos_tests.run smoke $(if $(SEED),--seed $(SEED))
+
+chaos-nightly: setup
+	$(BIN)/python -m chaos_tests.run nightly $(if $(SEED),--seed $(SEED))
+	$(BIN)/python -m chaos_tests.kill_a_node
+
+chaos-long: setup
+	$(BIN)/python -m chaos_tests.run long --seconds $$(($(HOURS) * 3600)) $(if $(SEED),--seed $(SEED))
 
 clean:
 	rm -rf $(VENV) .venv-bench .pytest_cache .mypy_cache .ruff_cache build dist

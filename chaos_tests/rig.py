@@ -157,6 +157,10 @@ class Rig:
         for clock in self.clocks.values():
             clock.close()
 
+    def keep_logs(self, out: Path) -> None:
+        for log in self.folder.rglob("*.log"):
+            shutil.copy(log, out / log.name)
+
     def unmount(self, keep: Path | None) -> None:
         """Release small file systems, after copying what lies on them to `keep` (when a check failed)."""
         for folder in self._mounts:

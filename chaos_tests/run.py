@@ -113,15 +113,15 @@ async def run(
             await world.close()
         await rig.tear_down()
         history = recorder.close()
+        if sys.exc_info()[0] is not None:
+            rig.keep_logs(out)
+            rig.unmount(None)
     if broken:
         raise broken[0]
     verdicts = check(history, profile, set(rig.node_ids), rig.missing)
     failed = any(verdict.result != "held" for verdict in verdicts)
     if failed:
-        for log in rig.folder.glob("*.log"):
-            shutil.copy(log, out / log.name)
-        for log in (rig.folder / "peers").glob("*.log"):
-            shutil.copy(log, out / log.name)
+        rig.keep_logs(out)
     rig.unmount(out / "data" if failed else None)
     shutil.rmtree(rig.folder, ignore_errors=True)
     return history, verdicts

@@ -49,13 +49,14 @@ class Swarm:
         self.peers: dict[str, Peer] = {}
         self.files: dict[str, tuple[Path, str, int]] = {}  # name -> (path, sha256, size)
         self.group = "swarm"
-        self._running: list[asyncio.Task[None]] = []
+        self.seeders_per_file = 2
         folder.mkdir(parents=True, exist_ok=True)
 
     # --- setting up -------------------------------------------------------------------------------
 
-    async def set_up(self, peers: int, files: int, size_bytes: int) -> None:
-        """Sign everyone up, one group with all of them, some seeders with a file each. Before any fault."""
+    async def set_up(self, peers: int, files: int, size_bytes: int, seeders_per_file: int = 2) -> None:
+        """Sign everyone up, one group with all of them, some seeders for each file. Before any fault."""
+        self.seeders_per_file = seeders_per_file
         for number in range(peers):
             peer = Peer(f"peer-{number}", self.folder)
             peer.home.mkdir(parents=True, exist_ok=True)
@@ -75,7 +76,7 @@ class Swarm:
                     file.write(os.urandom(1 << 20))
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
             self.files[path.name] = (path, digest, path.stat().st_size)
-            for seeder in (f"peer-{number % peers}", f"peer-{(number + 1) % peers}"):
+            for seeder in self._seeders(path.name):
                 await self.cli(self.peers[seeder], "share", str(path), "--group", self.group, seconds=120)
 
     async def start(self, peer: Peer) -> None:
@@ -222,7 +223,7 @@ class Swarm:
 
     def _seeders(self, name: str) -> list[str]:
         number = int(name.partition("-")[2].partition(".")[0])
-        return [f"peer-{number % len(self.peers)}", f"peer-{(number + 1) % len(self.peers)}"]
+        return [f"peer-{(number + k) % len(self.peers)}" for k in range(self.seeders_per_file)]
 
     async def tear_down(self) -> None:
         for peer in self.peers.values():
