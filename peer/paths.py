@@ -93,9 +93,11 @@ def check_together(files: Iterable[str], empty_folders: Iterable[str]) -> None:
 def _claim(seen: dict[str, tuple[str, _Use]], path: str, use: _Use) -> bool:
     """True when nothing claimed the path before, False when the very same use did."""
     folded = fold(path)
-    known_path, known_use = seen.setdefault(folded, (path, use))
-    if known_path is path:
+    known = seen.get(folded)
+    if known is None:
+        seen[folded] = (path, use)
         return True
+    known_path, known_use = known
     if known_path != path:
         raise PathError(path, f"differs from {known_path[:300]!a} only in case or in Unicode form")
     if known_use is not use:
