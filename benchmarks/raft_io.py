@@ -71,14 +71,18 @@ async def measure_journal(folder: Path, seconds: float) -> Results:
     journal = opened.journal
     journal.setCurrentTerm(1, "n1")
 
-    count = 50_000
-    begun = time.perf_counter()
-    for index in range(1, count + 1):
-        journal.add(COMMAND, index, 1)
-    results["journal_add_us_per_entry"] = (time.perf_counter() - begun) / count * 1e6
-    begun = time.perf_counter()
-    await opened.synced()
-    results["journal_flush_mb_per_second"] = count * len(COMMAND) / 1e6 / (time.perf_counter() - begun)
+    count, adding, flushing = 0, 0.0, 0.0
+    while adding + flushing < seconds:
+        begun = time.perf_counter()
+        for index in range(journal.last_index + 1, journal.last_index + 1001):
+            journal.add(COMMAND, index, 1)
+        between = time.perf_counter()
+        await opened.synced()
+        adding += between - begun
+        flushing += time.perf_counter() - between
+        count += 1000
+    results["journal_add_us_per_entry"] = adding / count * 1e6
+    results["journal_flush_mb_per_second"] = count * len(COMMAND) / 1e6 / flushing
 
     latencies = []
     until = time.perf_counter() + seconds
