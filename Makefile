@@ -7,7 +7,7 @@ SEEDS ?= 1000
 HOURS ?= 1
 SEED ?=
 
-.PHONY: setup demo test lint simulate chaos chaos-nightly chaos-long bench bench-full clean
+.PHONY: setup demo test lint simulate swarm chaos chaos-nightly chaos-long bench bench-full clean
 
 $(VENV)/.installed: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Trimaran needs Python 3.11 or newer; found $$($(PYTHON) --version). Try: make PYTHON=python3.11"; exit 2; }
@@ -23,6 +23,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# Simulated swarms, the long ones too (a flash crowd of 500, more seeds, an outage of an hour): some minutes.
+swarm: setup
+	TRIMARAN_SWARM=long $(BIN)/python -m pytest tests/peer/test_swarm.py
 
 lint: setup
 	$(BIN)/ruff check .
