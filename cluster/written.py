@@ -80,7 +80,7 @@ class Written(web.StreamResponse):
             _KEPT if self._keep_alive else _CLOSED,
         )
         transport.write(head + body)
-        if transport.get_write_buffer_size() > _QUEUED_BYTES:
+        if not transport.is_closing() and transport.get_write_buffer_size() > _QUEUED_BYTES:
             await self._request.writer.drain()
 
 

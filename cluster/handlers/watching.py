@@ -47,7 +47,8 @@ class StreamSink:
     def queued_bytes(self) -> int:
         if self._transport is None:
             return sum(map(len, self._kept))
-        return self._transport.get_write_buffer_size()
+        # A TLS transport that was closed or aborted has nothing behind it that could be asked.
+        return 0 if self._transport.is_closing() else self._transport.get_write_buffer_size()
 
     def gone(self) -> bool:
         return self._transport is not None and self._transport.is_closing()
