@@ -53,6 +53,7 @@ chaos: setup
 chaos-nightly: setup
 	$(BIN)/python -m chaos_tests.run nightly $(if $(SEED),--seed $(SEED))
 	$(BIN)/python -m chaos_tests.kill_a_node
+	$(BIN)/python -m chaos_tests.run canary
 
 chaos-long: setup
 	$(BIN)/python -m chaos_tests.run long --seconds $$(($(HOURS) * 3600)) $(if $(SEED),--seed $(SEED))

@@ -287,7 +287,7 @@ class Rig:
         (self.nodes[node_id].folder / "filler").unlink(missing_ok=True)
 
     async def says_disk_full(self, node_id: str) -> bool:
-        api = self.api("rig")
+        api = self.api()
         try:
             reply = await api.call(node_id, "GET", "/readyz", seconds=1)
             return "disk" in json.dumps(reply.body) or "disk" in reply.code
@@ -361,8 +361,7 @@ class Rig:
         """Each node by its user link."""
         return {node_id: f"https://127.0.0.1:{port}" for node_id, port in self._user_ports.items()}
 
-    def api(self, user: str) -> Api:
-        del user
+    def api(self) -> Api:
         context = ssl.create_default_context(cafile=str(self.folder / "ca.pem"))
         return Api(self.urls, context)
 
@@ -384,7 +383,7 @@ class Rig:
 
     async def _watch_role(self, node_id: str) -> None:
         """Ask a node its role ten times a second, directly: not through a link that a fault may hold."""
-        api = self.api("rig")
+        api = self.api()
         api.urls = {node_id: f"https://127.0.0.1:{self.nodes[node_id].http}"}
         try:
             while True:
@@ -420,7 +419,7 @@ class Rig:
                         self.recorder.add(Sample(at_ns=self.recorder.now_ns(), node=node_id, **told))
 
     async def _all_voting(self) -> bool:
-        api = self.api("rig")
+        api = self.api()
         try:
             reply = await api.call(self.node_ids[0], "GET", "/v1/status", seconds=1)
             if reply.end != "ok" or not reply.body["quorum"]:

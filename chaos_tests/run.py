@@ -1,9 +1,10 @@
 """Run the whole system under faults, check its history, and write the report.
 
     python -m chaos_tests.run smoke|nightly|long [--seed N] [--seconds N] [--nodes N] [--out DIR]
-    python -m chaos_tests.run kill-a-node [--seed N] [--kills N]
+    python -m chaos_tests.run canary [--seed N]
 
-Exit 0 when every check held, 1 when one was violated or could not tell.
+Exit 0 when every check held, 1 when one was violated or could not tell. `canary` runs a cluster with the Raft
+corrections switched off, and exits 0 only when the checkers say no: it shows that they can.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from chaos_tests import faults, report, workload
 from chaos_tests.checkers import cluster, linearizability, product, revisions, watches
 from chaos_tests.checkers.verdict import Verdict
+from chaos_tests.client import Api
 from chaos_tests.history import History, Recorder
 from chaos_tests.rig import Rig
 from chaos_tests.swarm import Swarm
@@ -51,6 +53,14 @@ class Profile:
 
 
 SMOKE = Profile(75, 3, 3, 4, 4, 1, 24 << 20, "1M", faults.SMOKE, 5, 30)
+CANARY = Profile(
+    60, 3, 3, 4, 0, 0, 0, "",
+    ("isolate the leader", "isolate the leader, incoming", "halves", "kill all", "kill a majority", "slow links"), 5, 30,
+)  # fmt: skip
+CANARY_OFF = (
+    "truncate_only_conflicts,acks_carry_term,wait_for_sync,snapshot_never_commits,stable_repair_hint,read_barrier,"
+    "apply_before_answer"
+)
 NIGHTLY = Profile(1800, 3, 6, 5, 6, 2, 128 << 20, "2M", tuple(faults.KINDS), 5, 300)
 
 
@@ -71,6 +81,7 @@ async def run(
     world: World | None = None
     tasks: list[asyncio.Task[object]] = []
     stop_reading = asyncio.Event()
+    reader: Api | None = None
     try:
         await rig.set_up()
         world = World(recorder, rig.api, rig.node_ids, seed)
@@ -80,9 +91,9 @@ async def run(
                 rig.folder / "peers", recorder, rig.urls, rig.folder / "ca.pem", seed, profile.upload_rate
             )
             await swarm.set_up(profile.peers, profile.files, profile.file_bytes)
-            api = rig.api("reader")
-            await api.login(rig.node_ids[0], "swarm-0", workload.PASSWORD)
-            tasks.append(asyncio.create_task(swarm.observe(api, rig.node_ids, stop_reading)))
+            reader = rig.api()
+            await reader.login(rig.node_ids[0], "swarm-0", workload.PASSWORD)
+            tasks.append(asyncio.create_task(swarm.observe(reader, rig.node_ids, stop_reading)))
         for number, group in enumerate(world.groups):
             for k, user in enumerate(world.cast[group]):
                 tasks.append(
@@ -111,6 +122,8 @@ async def run(
             await swarm.tear_down()
         if world:
             await world.close()
+        if reader:
+            await reader.close()
         await rig.tear_down()
         history = recorder.close()
         if sys.exc_info()[0] is not None:
@@ -213,20 +226,20 @@ def figures(history: History, verdicts: list[Verdict]) -> dict[str, str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m chaos_tests.run", description=__doc__.splitlines()[0])
-    parser.add_argument("profile", choices=["smoke", "nightly", "long"])
+    parser.add_argument("profile", choices=["smoke", "nightly", "long", "canary"])
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--seconds", type=float)
     parser.add_argument("--nodes", type=int)
     parser.add_argument("--out", type=Path, default=Path("chaos-report"))
-    parser.add_argument("--corrections-off", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
     seed = options.seed if options.seed is not None else int(time.time())
-    profile = SMOKE if options.profile == "smoke" else NIGHTLY
+    profile = {"smoke": SMOKE, "canary": CANARY}.get(options.profile, NIGHTLY)
+    canary = options.profile == "canary"
     changes = {"seconds": options.seconds, "nodes": options.nodes}
     profile = Profile(**{**profile.__dict__, **{name: value for name, value in changes.items() if value}})
     out = options.out / f"{options.profile}-{seed}"
     replay = f"python -m chaos_tests.run {options.profile} --seed {seed} --seconds {profile.seconds:.0f} --nodes {profile.nodes}"
-    history, verdicts = asyncio.run(run(profile, seed, out, options.corrections_off))
+    history, verdicts = asyncio.run(run(profile, seed, out, CANARY_OFF if canary else ""))
     told = figures(history, verdicts)
     report.write(
         out / "report.html",
@@ -244,6 +257,14 @@ def main() -> int:
     print(f"report: {out / 'report.html'}")
     if bad:
         print(f"again:  {replay}", file=sys.stderr)
+    if canary:
+        caught = any(verdict.result == "violated" for verdict in bad)
+        print(
+            "the checkers said no, as they must"
+            if caught
+            else "THE CANARY LIVES: the suite has lost its teeth"
+        )
+        return 0 if caught else 1
     return 1 if bad else 0
 
 

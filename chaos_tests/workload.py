@@ -39,9 +39,7 @@ def request_id() -> str:
 class World:
     """Users, groups and files, and who plays with which. `clients_per_group` is at most five."""
 
-    def __init__(
-        self, recorder: Recorder, make_api: Callable[[str], Api], nodes: list[str], seed: int
-    ) -> None:
+    def __init__(self, recorder: Recorder, make_api: Callable[[], Api], nodes: list[str], seed: int) -> None:
         self.recorder, self.make_api, self.nodes = recorder, make_api, nodes
         self.random = random.Random(seed)
         self.apis: dict[str, Api] = {}
@@ -73,7 +71,7 @@ class World:
         await self._must(owner, "PUT", f"/v1/groups/{group}/members/{user}", {"change": change})
 
     async def _sign_up(self, user: str) -> None:
-        api = self.make_api(user)
+        api = self.make_api()
         self.apis[user] = api
         await self._must(user, "POST", "/v1/users", {"user": user, "password": PASSWORD})
         for _ in range(50):
