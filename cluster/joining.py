@@ -349,7 +349,8 @@ class NodeAuthority:
 async def _reachable(raft: str) -> bool:
     address = host_port(raft, field="raft", source="raft")
     with suppress(OSError, TimeoutError):
-        _, writer = await asyncio.wait_for(asyncio.open_connection(address.host, address.port), REACH_SECONDS)
+        async with asyncio.timeout(REACH_SECONDS):
+            _, writer = await asyncio.open_connection(address.host, address.port)
         writer.close()
         with suppress(OSError):
             await writer.wait_closed()

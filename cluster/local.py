@@ -239,7 +239,8 @@ class LocalCluster:
                 with suppress(ProcessLookupError):
                     process.terminate()
                 try:
-                    await asyncio.wait_for(process.wait(), STOP_SECONDS)
+                    async with asyncio.timeout(STOP_SECONDS):
+                        await process.wait()
                 except TimeoutError:
                     with suppress(ProcessLookupError):
                         process.kill()

@@ -167,7 +167,8 @@ class Follower:
             # What has arrived is read even when the reader of this generator was late to ask.
             patience = max(0.05, deadline - self._clock())
             try:
-                chunk = await asyncio.wait_for(response.content.readany(), patience)
+                async with asyncio.timeout(patience):
+                    chunk = await response.content.readany()
             except TimeoutError as error:
                 raise _Moved(f"no heartbeat for {self._silence_seconds:g} s") from error
             if not chunk:
