@@ -369,7 +369,7 @@ class Swarm:
             if index is None:
                 flow.state = "over"
                 self._answer(flow, ev.PieceFailed(flow.request, Failure.NOTHING_TO_CHOOSE))
-                self._slot_free(flow)
+                self.at(self.now, self._slot_free, flow)  # not at once: hundreds may wait for the same answer
                 return
             flow.index = index
         length = min(self.piece_bytes, self.size_bytes - flow.index * self.piece_bytes)

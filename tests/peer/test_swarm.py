@@ -250,7 +250,7 @@ def test_a_file_of_one_piece_and_one_of_none() -> None:
     assert empty.run_until_done(10)
 
 
-@pytest.mark.skipif(not LONG, reason="about two minutes; `make swarm` runs it")
+@pytest.mark.skipif(not LONG, reason="about a minute; `make swarm` runs it")
 @pytest.mark.timeout(1200)
 def test_a_flash_crowd_of_500() -> None:
     swarm = Swarm(8 * MIB)
