@@ -137,7 +137,10 @@ class FolderDisk:
 
     def __init__(self, folder: Path, kill_points: KillPoints | None = None) -> None:
         self.folder = folder
-        self._kill = kill_points if kill_points is not None else KillPoints.from_environment()
+        try:
+            self._kill = kill_points if kill_points is not None else KillPoints.from_environment()
+        except ValueError as error:
+            raise ConsensusStartError(f"{error}. The names are in docs/reference/kill-points.md.") from error
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._folder_descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

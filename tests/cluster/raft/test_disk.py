@@ -251,7 +251,10 @@ def test_every_kill_point_is_documented() -> None:
     assert sorted(documented) == sorted(kill_point_names())
 
 
-def test_a_wrong_kill_point_is_refused() -> None:
+def test_a_wrong_kill_point_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "journal.sink.before")
+    with pytest.raises(ConsensusStartError, match=r"no kill point 'journal.sink.before'. The names are in"):
+        FolderDisk(tmp_path)
     with pytest.raises(ValueError, match="no kill point"):
         KillPoints.from_environment({VARIABLE: "journal.sink.before"})
     with pytest.raises(ValueError, match="no number"):
