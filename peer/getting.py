@@ -1,8 +1,7 @@
 """Downloads: from a name in a group to a whole file under its name, through every interruption.
 
-Owned here: the course of each download (token, facts, manifest, part, what is here already, the swarm, the end), its
-record, and the verbs on it. Left to others: which piece from whom (`download.py`, driven by `driver.py`), the disk
-(`store.py`), what is offered when it is whole (`sharing.py`).
+Owned here: which downloads there are, the verbs on them, and what is told of them. Left to others: the course of each
+(`transfer.py`), its manifest (`manifests.py`), what is offered when it is whole (`sharing.py`).
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from cluster.api import types as t
 from cluster.api.errors import TrackerError
 
 from . import swarm_events as ev
-from .bitmap import from_wire, mask_of
+from .bitmap import from_wire
 from .content import Content
 from .driver import DownloadDriver
 from .hashing import sha256_of
@@ -29,11 +28,11 @@ from .manifests import ManifestFetcher
 from .paths import PathError, check_path
 from .records import Record
 from .reports import Exit, GetReport, OnProgress, Progress, PsRow, State, TrimaranError
-from .reuse import Here, copy_what_is_here
 from .store import DiskTroubleError, PartStore, conflict, no_space, prints_of, same_content, wrong_pieces
 from .swarm import Swarm
-from .telling import held_bytes, piece_map, sources
+from .telling import piece_map, sources
 from .tracker_agent import FactKey
+from .transfer import Course, Transfer
 from .trouble import away, of_tracker
 
 if TYPE_CHECKING:
@@ -46,37 +45,6 @@ PROGRESS_SECONDS: Final = 0.2
 ALONE_SECONDS: Final = 60.0  # a `get` in the foreground that finds nobody at all ends after so long
 
 
-class Transfer:
-    """One download: running, waiting its turn, or at rest."""
-
-    def __init__(self, record: Record, manifest: Manifest) -> None:
-        self.record = record
-        self.manifest = manifest
-        self.state = record.state
-        self.reason = record.reason
-        self.store: PartStore | None = None
-        self.driver: DownloadDriver | None = None
-        self.task: asyncio.Task[None] | None = None
-        self.down_bytes_per_second = 0
-        self.reused_bytes = 0  # here before this run, or copied
-        self.held = 0  # mask of what is here, for telling
-        self.error: TrimaranError | None = None
-
-    @property
-    def key(self) -> FactKey:
-        return self.record.key
-
-    @property
-    def running(self) -> bool:
-        return self.task is not None and not self.task.done()
-
-    def done_bytes(self) -> int:
-        layout = self.manifest.layout
-        if self.driver is not None:
-            self.held = self.driver.machine.have
-        return held_bytes(self.held, layout.pieces, layout.piece_bytes, layout.size_bytes)
-
-
 class Getting:
     """All downloads of an engine that are not complete."""
 
@@ -84,7 +52,15 @@ class Getting:
         self._engine = engine
         self.transfers: dict[FactKey, Transfer] = {}
         self._turns = asyncio.Semaphore(ACTIVE_MAX)
+        self._course = Course(
+            engine,
+            driving=self.budgets_changed,
+            whole=self._forget,
+        )
         self._manifests = ManifestFetcher(engine.fetcher, engine.client, engine.home, engine.peer_id)
+
+    def _forget(self, transfer: Transfer) -> None:
+        self.transfers.pop(transfer.key, None)
 
     # --- who runs -------------------------------------------------------------------------------
 
@@ -295,195 +271,24 @@ class Getting:
         try:
             async with self._turns:
                 transfer.state = State.DOWNLOADING
-                await self._remember(transfer)
-                await self._fetch(transfer)
+                await self._course.remember(transfer)
+                await self._course.run(transfer)
         except DiskTroubleError as trouble:
             transfer.error = _trouble(transfer, trouble)
             transfer.state, transfer.reason = State.FAILED, str(trouble)
-            await self._remember(transfer)
+            await self._course.remember(transfer)
         except TrimaranError as error:
             transfer.error = error
             transfer.state, transfer.reason = State.FAILED, error.message
-            await self._remember(transfer)
+            await self._course.remember(transfer)
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
             met = DiskTroubleError(f"{error.filename or transfer.record.path}: {error.strerror}", full=full)
             transfer.error = _trouble(transfer, met)
             transfer.state, transfer.reason = State.FAILED, str(met)
-            await self._remember(transfer)
+            await self._course.remember(transfer)
 
-    async def _fetch(self, transfer: Transfer) -> None:
-        engine, manifest = self._engine, transfer.manifest
-        store = await self._store(transfer)
-        layout = manifest.layout
-        swarm = engine.swarms.get(manifest.id)
-        held = from_wire(bytes(store.map.held), layout.pieces)
-        if swarm is None or swarm.gone_reason:
-            swarm = Swarm(engine.peer_id, manifest, store.content, held)
-            engine.swarms.add(swarm)
-        own = swarm.content is store.content
-        swarm.offers.setdefault(transfer.record.group, set()).add(transfer.record.name)
-        engine.agent.take_part(transfer.record.group)
-        if own:
-            engine.hold(swarm)
-        try:
-            held |= await self._copy(transfer, store, swarm)
-            transfer.held = held
-            if own:
-                swarm.gained(held)
-            transfer.reused_bytes = transfer.done_bytes()
-            if held != swarm.all:
-                if not own:
-                    # Another download of the same content runs here: what it brings is copied, not fetched twice.
-                    await self._after_the_other(transfer, store, swarm)
-                else:
-                    await self._drive(transfer, store, swarm)
-            await self._finish(transfer, store, swarm)
-        finally:
-            if transfer.driver is not None:
-                await transfer.driver.stop()
-            if transfer.state is not State.COMPLETE:
-                self._unoffer(transfer, swarm, store)
-
-    async def _drive(self, transfer: Transfer, store: PartStore, swarm: Swarm) -> None:
-        engine = self._engine
-        driver = transfer.driver = DownloadDriver(
-            peer_id=engine.peer_id,
-            swarm=swarm,
-            store=store,
-            group=transfer.record.group,
-            fetcher=engine.fetcher,
-            pool=engine.pool,
-            executor=engine.pieces,
-            links=engine.links,
-            token=engine.agent.token,
-            down=engine.down,
-            find_peers=engine.find_peers,
-            report=engine.report,
-            held_changed=lambda changed: engine.hold(changed.swarm),
-        )
-        driver.own_down.set_rate(transfer.down_bytes_per_second, asyncio.get_running_loop().time())
-        if engine.agent.away:
-            driver.feed(ev.TrackersAway())
-        driver.start()
-        self.budgets_changed()
-        engine.find_peers(driver)
-        try:
-            await driver.done
-        finally:
-            transfer.held = driver.machine.have
-            self.budgets_changed()
-
-    async def _store(self, transfer: Transfer) -> PartStore:
-        """The part, taken up where it was left; a new one when there is nothing left of it."""
-        if transfer.store is not None:
-            return transfer.store
-        engine, record = self._engine, transfer.record
-        loop = asyncio.get_running_loop()
-        store = await loop.run_in_executor(
-            engine.long,
-            PartStore.resume,
-            transfer.manifest,
-            Path(record.part),
-            Path(record.path),
-            Path(record.map),
-        )
-        if store is None:
-            log.warning("what was fetched of %s/%s is gone; it begins anew", record.group, record.name)
-            Path(record.map).unlink(missing_ok=True)
-            store = await loop.run_in_executor(
-                engine.long, PartStore.create, transfer.manifest, Path(record.path), engine.home.maps
-            )
-            transfer.record = msgspec.structs.replace(record, part=str(store.part), map=str(store.map.path))
-            await self._remember(transfer)
-        transfer.store = store
-        return store
-
-    async def _copy(self, transfer: Transfer, store: PartStore, swarm: Swarm) -> int:
-        """Copy what is in this peer's other shares. Returns the mask of what was found."""
-        here: list[Here] = []
-        for record in self._engine.sharing.records.values():
-            other = self._engine.swarms.get(record.manifest_id)
-            if record.state is State.COMPLETE and other is not None and other.content is not store.content:
-                version = (record.group, record.name) == (transfer.record.group, transfer.record.name)
-                here.append(Here(other.manifest, other.content, version=version))
-        if not here or not transfer.manifest.pieces:
-            return 0
-        found: list[int] = []
-        stopped = False
-
-        def stop() -> bool:
-            return stopped
-
-        try:
-            await asyncio.get_running_loop().run_in_executor(
-                self._engine.long, copy_what_is_here, store, here, found.append, stop
-            )
-        finally:
-            stopped = True
-        return mask_of(found)
-
-    async def _after_the_other(self, transfer: Transfer, store: PartStore, swarm: Swarm) -> None:
-        while not swarm.complete:
-            if swarm.gone_reason or self._engine.swarms.get(swarm.manifest_id) is not swarm:
-                raise TrimaranError(
-                    "The other download of the same content ended early.",
-                    exit_code=Exit.UNFINISHED,
-                    code="unfinished",
-                    hint="Get it again to go on.",
-                )
-            await asyncio.sleep(0.2)
-        here = [Here(swarm.manifest, swarm.content, version=False)]
-        await asyncio.get_running_loop().run_in_executor(
-            self._engine.long, copy_what_is_here, store, here, lambda _: None, lambda: False
-        )
-        transfer.held = from_wire(bytes(store.map.held), transfer.manifest.pieces)
-        if transfer.held != swarm.all:
-            raise TrimaranError(
-                "The copy on this peer could not be read.",
-                exit_code=Exit.UNFINISHED,
-                code="unfinished",
-                hint="Get it again: what is missing comes from other peers.",
-            )
-
-    async def _finish(self, transfer: Transfer, store: PartStore, swarm: Swarm) -> None:
-        """Everything is here: under its name with it, and offered as a share from now on."""
-        engine = self._engine
-        prints = await asyncio.get_running_loop().run_in_executor(engine.long, store.finish)
-        record = msgspec.structs.replace(transfer.record, state=State.COMPLETE, reason="", part="", map="")
-        # In this order: a kill in between leaves a record whose part is gone and whose target is whole, which the
-        # next start notices (`_came_through`).
-        await asyncio.to_thread(engine.records.put_prints, record.path, record.manifest_id, prints)
-        await engine.sharing.keep(record)
-        if swarm.content is store.content:
-            engine.files.forget(store.content)
-            swarm.content = Content(Path(record.path), transfer.manifest.layout, prints)
-        transfer.record, transfer.state, transfer.reason = record, State.COMPLETE, ""
-        self.transfers.pop(record.key, None)
-        store.map.remove()
-        store.close()
-        transfer.store = None
-        engine.sharing.offer(
-            record, transfer.manifest, Content(Path(record.path), transfer.manifest.layout, prints)
-        )
-
-    def _unoffer(self, transfer: Transfer, swarm: Swarm, store: PartStore) -> None:
-        engine = self._engine
-        engine.agent.release(transfer.key)
-        if swarm.content is store.content:
-            engine.links.leave(swarm, "paused")
-            engine.files.forget(store.content)
-            engine.swarms.remove(swarm.manifest_id)
-            swarm.offers.clear()
-            engine.server.recheck()
-
-    # --- remembering ----------------------------------------------------------------------------
-
-    async def _remember(self, transfer: Transfer) -> None:
-        transfer.record = msgspec.structs.replace(
-            transfer.record, state=transfer.state, reason=transfer.reason
-        )
-        await asyncio.to_thread(self._engine.records.put, transfer.record)
+    # --- after a start --------------------------------------------------------------------------
 
     async def restore(self, *, resume: bool) -> None:
         """Take up what was unfinished when the home was last used; `resume`: and go on with it."""
@@ -550,7 +355,7 @@ class Getting:
             store, transfer.store = transfer.store, None
             await asyncio.to_thread(_sync_and_close, store)
         transfer.state, transfer.reason = state, reason
-        await self._remember(transfer)
+        await self._course.remember(transfer)
 
     async def pause(self, group: str, name: str) -> None:
         await self._stop(self._find(group, name), State.PAUSED, "")
@@ -569,7 +374,7 @@ class Getting:
         await self._stop(transfer, State.PAUSED, "")
         if transfer.state is State.COMPLETE:
             return
-        store = await self._store(transfer)
+        store = await self._course.store(transfer)
         transfer.store = None
         self.transfers.pop(transfer.key, None)
         await asyncio.to_thread(self._engine.records.delete, transfer.record)
@@ -597,12 +402,12 @@ class Getting:
         transfer = self._find(group, name)
         running = transfer.running
         await self._stop(transfer, State.VERIFYING, "")
-        store = await self._store(transfer)
+        store = await self._course.store(transfer)
         wrong = await loop.run_in_executor(engine.long, store.verify)
         transfer.held = from_wire(bytes(store.map.held), transfer.manifest.pieces)
         transfer.state = State.PAUSED
         transfer.reason = f"{len(wrong)} pieces were wrong and will be fetched again" if wrong else ""
-        await self._remember(transfer)
+        await self._course.remember(transfer)
         if running:
             self.run(transfer)
         return self.row(transfer)

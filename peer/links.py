@@ -48,6 +48,7 @@ LINKS_PER_SWARM_MAX: Final = 256
 FRAMES_WAITING_MAX: Final = 512
 OPEN_SECONDS: Final = 5.0
 HELLO_SECONDS: Final = 5.0
+FAREWELL_SECONDS: Final = 0.3
 TALK_SECONDS: Final = 3.0  # between pings, and between declarations of load
 NEWS_SECONDS: Final = (
     0.004  # one link's batch; more links, longer batches: the cost of news grows with their square
@@ -163,7 +164,8 @@ class Links:
         self._addresses = addresses
         self._load = load
         self._tls = tls
-        self._opening: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._opening: dict[tuple[Swarm, str], asyncio.Task[None]] = {}
+        self._lives: set[asyncio.Task[None]] = set()
         self._news: dict[str, Mask] = {}
         self._http: aiohttp.ClientSession | None = None
         self._talker: asyncio.Task[None] | None = None
@@ -185,7 +187,10 @@ class Links:
         for opening in list(self._opening.values()):
             opening.cancel()
         await asyncio.gather(*self._opening.values(), return_exceptions=True)
-        await asyncio.sleep(0.02)  # the farewells' own turns
+        if self._lives:
+            await asyncio.wait(self._lives, timeout=FAREWELL_SECONDS)
+        for life in self._lives:
+            life.cancel()
         if self._http is not None:
             await self._http.close()
 
@@ -193,7 +198,7 @@ class Links:
 
     def open(self, swarm: Swarm, group: str, endpoint: Endpoint) -> None:
         """Open a link, unless there is one; answered by `link_up` or `link_down`."""
-        key = (swarm.manifest_id, endpoint.peer_id)
+        key = (swarm, endpoint.peer_id)
         if key in self._opening or endpoint.peer_id == self._peer_id:
             return
         if (link := swarm.links.get(endpoint.peer_id)) is not None:
@@ -217,7 +222,9 @@ class Links:
                 continue
             except (OSError, aiohttp.ClientError, TimeoutError, ValueError):
                 continue
-            await self._run(swarm, link)
+            life = asyncio.create_task(self._run(swarm, link))
+            self._lives.add(life)
+            life.add_done_callback(self._lives.discard)
             return
         if endpoint.peer_id not in swarm.links:
             self._events.link_down(swarm, endpoint.peer_id, reached=reached, leaving=False)
@@ -400,7 +407,7 @@ class Links:
         for link in list(swarm.links.values()):
             if group is None or link.group == group:
                 link.send(data)
-                asyncio.get_running_loop().call_later(0.1, link.close)
+                asyncio.get_running_loop().call_later(FAREWELL_SECONDS / 3, link.close)
 
     def drop(self, swarm: Swarm, peer_id: str) -> None:
         link = swarm.links.get(peer_id)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -11,10 +10,10 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "cluster"))
-from trackers import PASSWORD, Trackers, running  # noqa: E402
+from trackers import PASSWORD, Trackers, running
 
-from peer.reports import GetReport, PeerSettings, Progress, ShareReport  # noqa: E402
-from peer.session import LocalSession, open_session  # noqa: E402
+from peer.reports import GetReport, PeerSettings, Progress, ShareReport
+from peer.session import LocalSession, open_session
 
 
 def ignore(progress: Progress) -> None:
@@ -107,6 +106,10 @@ async def peers(tmp_path: Path) -> AsyncIterator[Peers]:
         try:
             yield made
         finally:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(20):
-                    await made.close_all()
+            closing = asyncio.create_task(made.close_all())
+            await asyncio.wait({closing}, timeout=20)
+            if not closing.done():
+                for task in asyncio.all_tasks():
+                    task.print_stack(limit=8, file=sys.stdout)
+                pytest.fail("a peer did not stop; the tasks that still ran are printed")
+            closing.result()
