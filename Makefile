@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 FILE ?=
 SEEDS ?= 1000
 HOURS ?= 1
+SECONDS ?= 60
 SEED ?=
 
 .PHONY: setup demo test lint simulate swarm chaos chaos-nightly chaos-long bench bench-full clean
@@ -27,6 +28,10 @@ test: setup
 # Simulated swarms, the long ones too (a flash crowd of 500, more seeds, an outage of an hour): some minutes.
 swarm: setup
 	TRIMARAN_SWARM=long $(BIN)/python -m pytest tests/peer/test_swarm.py
+
+# The cluster under simulated faults: SEEDS of them, or one again with SEED=n (SECONDS of virtual time each).
+simulate: setup
+	$(BIN)/python -m chaos_tests.simulation --seconds $(SECONDS) $(if $(SEED),--seed $(SEED),--seeds $(SEEDS))
 
 lint: setup
 	$(BIN)/ruff check .

@@ -43,6 +43,7 @@ class SimulatedDisk:
         self.fail_next_sync = False
         self.end_at_step: int | None = None
         self.end_at: tuple[str, str] | None = None  # (beginning of the file's name, step)
+        self.end_after_snapshot: int | None = None  # so many steps after one is in place
         self.steps = 0
 
     # -- Disk
@@ -95,6 +96,8 @@ class SimulatedDisk:
     def _step(self, kind: str, name: str) -> None:
         """A step at which the process may end; half-way effects are on the kernel's side of things."""
         self.steps += 1
+        if self.end_after_snapshot is not None and kind == "renamed" and name.startswith("snapshot-"):
+            self.end_at_step, self.end_after_snapshot = self.steps + self.end_after_snapshot, None
         counted = self.end_at_step is not None and self.steps >= self.end_at_step
         named = self.end_at is not None and kind == self.end_at[1] and name.startswith(self.end_at[0])
         if counted or named:
@@ -105,6 +108,7 @@ class SimulatedDisk:
     def disarm(self) -> None:
         self.end_at_step = None
         self.end_at = None
+        self.end_after_snapshot = None
 
     def used_bytes(self) -> int:
         return sum(len(content.seen) for content in self.names.values())

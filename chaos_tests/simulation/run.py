@@ -31,7 +31,7 @@ def run(seed: int, seconds: float, rig: Rig | None = None) -> Result:
     size = 5 if chance.random() < (0.6 if kind == "members" else 0.3) else 3
     world = World(seed, kind, rig if rig is not None else Rig(), size, weather.tuning(kind))
     try:
-        weather.begin(world, kind, chance.choice([0.15, 0.4, 1.0]))
+        weather.begin(world, kind, chance.choice(weather.PACES.get(kind, (0.15, 0.4, 1.0))))
         while world.clock.now < seconds:
             world.clock.run_until(world.clock.now + 0.5)
             world.check_callers()
@@ -64,8 +64,11 @@ def run_many(seeds: Iterable[int], seconds: float, processes: int = 2) -> Iterat
     if processes == 1:
         yield from map(_run, jobs)
         return
-    with ProcessPoolExecutor(processes) as pool:
+    pool = ProcessPoolExecutor(processes)
+    try:
         yield from pool.map(_run, jobs, chunksize=1)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def summarise(results: list[Result], wall_seconds: float, seconds: float) -> str:
@@ -95,6 +98,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, help="this seed alone")
     parser.add_argument("--seconds", type=float, default=60.0, help="virtual seconds of faults per seed")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="begin no further seed after so long"
+    )
     options = parser.parse_args()
     seeds = (
         [options.seed] if options.seed is not None else range(options.first, options.first + options.seeds)
@@ -105,6 +111,8 @@ def main() -> int:
         results.append(result)
         if result.violations:
             sys.stderr.write(f"seed {result.seed} ({result.weather}): {result.violations[0][:300]}\n")
+        if time.monotonic() - began > options.minutes * 60:
+            break
     if options.seed is not None:
         sys.stdout.write(f"digest {results[0].digest}\n")
     sys.stdout.write(summarise(results, time.monotonic() - began, options.seconds) + "\n")

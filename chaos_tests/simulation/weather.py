@@ -12,9 +12,9 @@ from typing import Any
 from chaos_tests.simulation.world import Process, World
 
 SMALL: dict[str, Any] = {
-    "segment_bytes": 6_000,
-    "log_bytes_before_snapshot": 15_000,
-    "keep_tail_bytes": 6_000,
+    "segment_bytes": 3_000,
+    "log_bytes_before_snapshot": 9_000,
+    "keep_tail_bytes": 3_000,
     "snapshot_chunk_bytes": 1_000,
     "append_bytes": 3_000,
     "append_entries": 8,
@@ -122,9 +122,13 @@ def end_at_step(world: World) -> None:
 
 
 def end_at_snapshot(world: World) -> None:
-    """The same, at a step of a snapshot's file: written, synced, renamed, the older one removed."""
+    """The same, at a step of a snapshot's file (written, synced, renamed, the older one removed), or soon after it is in
+    place, when the log lets go of what it covers."""
     process = _some(world)
-    if process is not None:
+    if process is not None and world.chance.random() < 0.5:
+        process.disk.end_after_snapshot = world.chance.randint(1, 8)
+        _end_then_restart(world, process, None, ("snapshot-", "never"))
+    elif process is not None:
         step = world.chance.choice(
             ["create", "append", "appended", "sync", "synced", "rename", "renamed", "remove"]
         )
@@ -191,7 +195,7 @@ def damaged(world: World) -> None:
     world.kill(process)
     if world.chance.random() < 0.3:
         process.disk.vanish()
-    elif not process.disk.rot(world.chance.choice(["journal-", "snapshot-"])):
+    elif world.chance.random() < 0.3 or not process.disk.rot("snapshot-"):
         process.disk.rot("journal-")
 
     def back() -> None:
@@ -332,16 +336,18 @@ WEATHER: Mapping[str, Mapping[Fault, int]] = {
         end_at_step: 4, end_at_snapshot: 2, pause: 3, slow_disk: 2, transfer: 1, disk_full: 1,
     },
     "power": {power: 6, end_at_step: 6, end_at_snapshot: 8, kill_after_vote: 3, kill: 3, power_everywhere: 1, slow_disk: 4, reset_connection: 1, cut_pair: 1},
-    "disk": {disk_full: 5, failed_sync: 3, slow_disk: 3, end_at_step: 3, damaged: 2, kill: 1, power: 1},
+    "disk": {disk_full: 5, failed_sync: 3, slow_disk: 3, end_at_step: 3, damaged: 4, kill: 1, power: 1},
     "members": {
         change_members: 6, two_changes_at_once: 5, change_then_restart: 2, transfer: 4, transfer_then_cut: 3, kill: 3, power: 1, cut_pair: 2, isolate: 2, pause: 1,
         end_at_step: 1,
     },
-    "isolation": {isolate: 8, transfer_then_cut: 2, pause: 3, slow_links: 2, kill: 1, cut_one_way: 2},
+    "isolation": {isolate: 12, transfer_then_cut: 2, pause: 3, slow_links: 2, kill: 1, cut_one_way: 2},
     "lag": {slow_links: 8, cut_pair: 4, reset_connection: 3, lossy: 3, kill: 1, isolate: 6},
 }  # fmt: skip
-QUIET = ("lonely", "absence")
-ABSENCE: dict[str, Any] = dict(SMALL, log_bytes_before_snapshot=60_000, keep_tail_bytes=120_000)
+PACES: Mapping[str, tuple[float, ...]] = {"isolation": (0.8, 3.0)}
+"""Mean seconds between faults, where it matters that something can happen in between."""
+QUIET = ("lonely", "absence", "handover")
+ABSENCE: dict[str, Any] = dict(SMALL, log_bytes_before_snapshot=20_000, keep_tail_bytes=120_000)
 KINDS = (*WEATHER, *QUIET)
 
 
@@ -353,6 +359,8 @@ def begin(world: World, kind: str, pace_seconds: float) -> None:
     """Let it come, until `world.faults_over`."""
     if kind == "lonely":
         _lonely(world)
+    elif kind == "handover":
+        _handover(world)
     elif kind == "absence":
         world.no_snapshot_needed = True
         _absence(world)
@@ -428,6 +436,17 @@ def _absence(world: World) -> None:
         world.clock.later(world.chance.uniform(1.0, 2.0), cut)
 
     world.clock.later(2.5, cut)
+
+
+def _handover(world: World) -> None:
+    """Leadership is handed to a node that is cut off just then. Once it is back it follows, in whatever term."""
+
+    def turn() -> None:
+        if not world.faults_over:
+            transfer_then_cut(world)
+            world.clock.later(world.chance.uniform(5.0, 7.0), turn)
+
+    world.clock.later(2.0, turn)
 
 
 def clear_up(world: World) -> None:

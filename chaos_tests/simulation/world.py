@@ -24,6 +24,7 @@ from chaos_tests.simulation.replica import SimulatedReplica, encode_command
 from chaos_tests.simulation.rig import Rig
 from cluster.consensus import Applied, ConsensusStartError, NodeInfo, ProposalEnd, Rejected
 from cluster.raft.core import LinkEvents, RaftCore
+from cluster.raft.entries import CONFIGURATION
 from cluster.raft.messages import Message, Vote
 from cluster.raft.settings import RaftSettings
 
@@ -59,6 +60,7 @@ class Process:
         self.links: SimulatedLinks | None = None
         self.started_once = False
         self.damaged = False
+        self.safe_index = 0  # up to where the log was on the disk when the process ended
         self.refused: str | None = None  # why it would not start
         self.ended: str | None = None  # why it ended itself
         self.checked_commit = 0
@@ -116,6 +118,16 @@ class Process:
             return
         world.network.start(self)
         world.log("start", self.node_id)
+        if self.core.guard.last_index < self.safe_index and not self.damaged:
+            world.violation(
+                "synced entries are gone after a restart",
+                f"{self.node_id} had {self.safe_index}, has {self.core.guard.last_index}",
+            )
+        changes = [index for command, index, _ in self.core.guard.journal[:] if command[:1] == CONFIGURATION]
+        if changes and changes[-1] > max(1, self.core.membership.current_index):
+            world.violation(
+                "a change in the log is forgotten by a restart", f"{self.node_id} at index {changes[-1]}"
+            )
 
     def _make_links(self, events: LinkEvents) -> SimulatedLinks:
         self.links = SimulatedLinks(self.world.network, self.node_id)
@@ -130,6 +142,8 @@ class Process:
 
     def stop(self) -> None:
         """As `kill -9` does: what the kernel has stays."""
+        if self.core is not None:
+            self.safe_index = self.core.guard.journal.synced_index
         self._gone()
         self.disk.disarm()
         self.world.network.stop(self.node_id)
@@ -377,9 +391,11 @@ class World:
         self.calls.append(call)
         call.then = then
 
+        patience = self.chance.choice([0.8, 1.5, DEADLINE_SECONDS])
+
         def ask() -> None:
-            call.due = self.clock.now + DEADLINE_SECONDS
-            due = runtime.now() + DEADLINE_SECONDS
+            call.due = self.clock.now + patience
+            due = runtime.now() + patience
             if call.kind == "read":
                 core.barrier(due, lambda confirmed: self._read(call, confirmed))
             else:

@@ -1,0 +1,110 @@
+"""The simulation in the test run: sixty seeds hold, each correction is needed, stock PySyncObj fails, a seed fixes all."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from chaos_tests.simulation.rig import WITHOUT
+from chaos_tests.simulation.run import kind_of, run, run_many
+from chaos_tests.simulation.stock import CANARIES
+
+SECONDS = 15.0
+
+# For each correction a seed at which its absence shows. Only where to look first: all sixty count.
+FIRST_LOOK = {
+    "1-snapshot_never_commits": 13,
+    "2-keep_suffix_after_snapshot": 0,
+    "3-compaction_is_one_step": 19,
+    "4-wait_for_sync": 10,
+    "5-truncate_only_conflicts": 5,
+    "6-compact_behind_snapshot_only": 55,
+    "8-acks_carry_term": 53,
+    "9-corrupt_snapshot_stops": 11,
+    "10-torn_tail_is_dropped": 28,
+    "11-vote_is_kept": 55,
+    "12-refusals_are_values": 0,
+    "13-read_barrier": 0,
+    "14-requests_are_remembered": 0,
+    "15-deadlines": 0,
+    "16-stable_repair_hint": 41,
+    "19-disk_full_survived": 2,
+    "20-pre_vote": 6,
+    "21-apply_before_answer": 0,
+    "22-learner_first": 3,
+    "22-membership_from_log": 30,
+    "22-one_change_at_a_time": 39,
+    "22-removed_is_told": 3,
+    "23-keep_tail": 43,
+}
+
+# A fault that no longer bites is no fault: each of these must have, somewhere in the sixty seeds.
+MUST_BITE = (
+    "bytes_torn",
+    "caller_gone",
+    "connection_cut",
+    "connection_reset",
+    "cut_one_way",
+    "disk_full",
+    "ended_by_failed_sync",
+    "folder_vanished",
+    "killed",
+    "message_after_reconnect",
+    "message_late",
+    "message_lost",
+    "message_retransmitted",
+    "message_stalled",
+    "names_unsynced",
+    "operator_add",
+    "operator_remove",
+    "paused",
+    "power_lost",
+    "power_lost_everywhere",
+    "refused_to_start",
+    "removed_node_told",
+    "rot",
+    "slow_disk",
+    "transfer_done",
+    "unknown",
+)
+
+
+@pytest.mark.timeout(400)
+def test_sixty_seeds_hold_and_every_fault_bites() -> None:
+    failed, bites, acknowledged = [], dict.fromkeys(MUST_BITE, 0), 0
+    for result in run_many(range(60), SECONDS):
+        acknowledged += result.acknowledged
+        for kind in MUST_BITE:
+            bites[kind] += result.bites[kind]
+        if result.violations:
+            failed.append(f"make simulate SEED={result.seed} SECONDS={SECONDS:g}: {result.violations[0]}")
+    assert not failed, "\n".join(failed)
+    assert acknowledged > 5_000
+    assert [kind for kind, count in bites.items() if not count] == []
+
+
+@pytest.mark.parametrize("name", sorted(WITHOUT))
+def test_without_one_correction_a_run_fails(name: str) -> None:
+    first = FIRST_LOOK[name]
+    seeds = [first, *(seed for seed in range(60) if kind_of(seed) == kind_of(first)), *range(60)]
+    assert any(run(seed, 12.0, WITHOUT[name]).violations for seed in seeds), (
+        f"{name} is not missed by anybody"
+    )
+
+
+@pytest.mark.parametrize("finding", sorted(CANARIES, key=int))
+def test_stock_engine_fails(finding: str) -> None:
+    shown = [CANARIES[finding](seed) for seed in range(3)]
+    assert any(shown), f"the canary for finding {finding} passes: the simulation has lost its teeth"
+
+
+def test_a_seed_fixes_everything_whatever_the_hash_seed() -> None:
+    digests = set()
+    for hash_seed in ("1", "2"):
+        for seed in ("3", "0"):
+            command = [sys.executable, "-m", "chaos_tests.simulation", "--seed", seed, "--seconds", "6"]
+            environment = dict(os.environ, PYTHONHASHSEED=hash_seed)
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+            digests.add((seed, done.stdout.splitlines()[0]))
+    assert len(digests) == 2, digests
