@@ -191,6 +191,22 @@ def test_ctrl_c_leaves_the_menu(cluster: Cluster, terminal: Callable[..., Termin
     assert "Traceback" not in menu.seen
 
 
+def test_a_closed_terminal_leaves_nothing_behind(
+    cluster: Cluster, terminal: Callable[..., Terminal], tmp_path: Path
+) -> None:
+    ana = Person(cluster, tmp_path / "home", "closing-ana")
+    ana.ok("register", ana.name)
+    menu: Terminal = terminal(ana.environment)
+    menu.expect("sharing while this menu is open")
+    menu.expect("What would you like to do")
+    peer = int((tmp_path / "home" / "lock").read_text())
+    os.kill(peer, 0)
+    os.kill(menu.pid, signal.SIGHUP)
+    assert menu.exit_code() == 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(peer, 0)
+
+
 def test_progress_on_a_terminal(cluster: Cluster, terminal: Callable[..., Terminal], tmp_path: Path) -> None:
     ana, ben = (Person(cluster, tmp_path / name, f"progress-{name}") for name in ("ana", "ben"))
     ana.ok("register", ana.name)

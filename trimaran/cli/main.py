@@ -89,7 +89,7 @@ def hoisted(argv: Sequence[str]) -> list[str]:
 
 
 def run_async(work: Awaitable[Any]) -> Any:
-    """Run to the end. Ctrl-C and SIGTERM cancel the work, which ends itself tidily."""
+    """Run to the end. Ctrl-C, SIGTERM and a closed terminal cancel the work, which ends itself tidily."""
     import asyncio
 
     async def until_done() -> Any:
@@ -103,6 +103,8 @@ def run_async(work: Awaitable[Any]) -> Any:
             task.cancel()
 
         loop.add_signal_handler(signal.SIGTERM, end)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # a closed terminal, without nohup
+            loop.add_signal_handler(signal.SIGHUP, end)
         return await work
 
     coroutine: Coroutine[Any, Any, Any] = until_done()

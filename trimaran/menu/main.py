@@ -8,8 +8,11 @@ processes that run while the menu is open (`backstage.py`).
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 
 from rich.console import Console
 from rich.panel import Panel
@@ -170,7 +173,7 @@ def run(dispatch: Dispatch) -> int:
     console.print(
         Panel.fit("[bold]Trimaran[/bold]\nfiles for groups of people, from each other", border_style="cyan")
     )
-    with Backstage(console) as backstage:
+    with Backstage(console) as backstage, _ended_tidily():
         while True:
             try:
                 if not backstage.knows_trackers():
@@ -189,6 +192,21 @@ def run(dispatch: Dispatch) -> int:
             except (KeyboardInterrupt, EOFError):
                 console.print()
                 return 0
+
+
+@contextmanager
+def _ended_tidily() -> Iterator[None]:
+    """A closed terminal or SIGTERM leaves the menu as `q` does, so that nothing stays behind."""
+
+    def leave(_number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(0)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _do(console: Console, argv: list[str], dispatch: Dispatch) -> None:
