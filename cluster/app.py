@@ -18,6 +18,7 @@ import signal
 import socket
 import ssl
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
 _log = structlog.get_logger("cluster.app")
 
 HAND_OVER_SECONDS = 2.0
+STOP_SECONDS_MAX = 30.0
+FATAL_STOP_SECONDS_MAX = 5.0
 BACKLOG = 1024
 
 
@@ -94,6 +97,18 @@ def _end(ending: asyncio.Future[str], reason: str) -> None:
     """`reason` is empty when the end was asked for."""
     if not ending.done():
         ending.set_result(reason)
+
+
+def _end_in_any_case(reason: str) -> None:
+    """What cannot finish must not keep a node that is of no use any more from being started again."""
+
+    def end() -> None:
+        _log.error("stopping took too long; ending now", seconds=STOP_SECONDS_MAX)
+        os._exit(1)
+
+    timer = threading.Timer(FATAL_STOP_SECONDS_MAX if reason else STOP_SECONDS_MAX, end)
+    timer.daemon = True
+    timer.start()
 
 
 @asynccontextmanager
