@@ -319,11 +319,13 @@ class Engine:
         """Ask a tracker for the swarm as it is now; not more than once a second for each swarm."""
         now = asyncio.get_running_loop().time()
         key = driver.swarm.manifest_id
-        if now - self._finding.get(key, float("-inf")) >= FIND_SECONDS_MIN:
-            self._finding[key] = now
-            self.later(self._find_peers(driver))
+        at = max(now, self._finding.get(key, float("-inf")) + FIND_SECONDS_MIN)
+        if at - now < FIND_SECONDS_MIN:  # else one is waiting already
+            self._finding[key] = at
+            self.later(self._find_peers(driver, at - now))
 
-    async def _find_peers(self, driver: DownloadDriver) -> None:
+    async def _find_peers(self, driver: DownloadDriver, seconds: float) -> None:
+        await asyncio.sleep(seconds)
         for name in sorted(driver.swarm.offers.get(driver.group, ())):
             try:
                 answer = await self.client.show_swarm(

@@ -103,6 +103,7 @@ class TrackerAgent:
         self._facts: dict[FactKey, Held] = {}
         self._said: dict[FactKey, Held] = {}
         self._gone: set[FactKey] = set()
+        self._released: set[FactKey] = set()  # since the last announcement began
         self._whole = True
         self._dirty = asyncio.Event()
         self._groups: set[str] = set()
@@ -178,6 +179,9 @@ class TrackerAgent:
     def release(self, key: FactKey) -> None:
         """It is offered no more."""
         if self._facts.pop(key, None) is not None:
+            # Said before or being said now: should it be held again, it must be said again.
+            self._said.pop(key, None)
+            self._released.add(key)
             self._gone.add(key)
             self._dirty.set()
 
@@ -237,6 +241,7 @@ class TrackerAgent:
         facts = dict(self._facts)
         whole = self._whole
         gone = set(self._gone)
+        self._released.clear()
         if whole:
             changed = list(facts.items())
         else:
@@ -262,8 +267,8 @@ class TrackerAgent:
         assert answer is not None
         self.revision = max(self.revision, answer.revision)
         self._heard()
-        self._said = facts
-        self._gone -= gone
+        self._said = {key: held for key, held in facts.items() if key not in self._released}
+        self._gone -= gone - self._released
         self._whole = answer.whole_wanted
         if self._whole:
             return 0.0
