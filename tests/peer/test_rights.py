@@ -175,7 +175,9 @@ async def test_trackers_away_downloads_go_on(peers: Peers, tmp_path: Path) -> No
         while not (rows := await ben.ps()) or not rows[0].done_bytes:
             await asyncio.sleep(0.01)
     for node in peers.trackers.nodes:
+        await node.service.stop()
         await node.runner.cleanup()
+    assert not getting.done()
     await getting
     assert (tmp_path / "there/hull.bin").read_bytes() == source.read_bytes()
 
