@@ -162,7 +162,9 @@ class Membership:
         return next((node for node in self._who_may_connect() if node.node_id == node_id), None)
 
     def by_fingerprint(self, fingerprint: str) -> str | None:
-        return next((node.node_id for node in self._who_may_connect() if node.key_fingerprint == fingerprint), None)
+        return next(
+            (node.node_id for node in self._who_may_connect() if node.key_fingerprint == fingerprint), None
+        )
 
     # -- changing it, as leader
 

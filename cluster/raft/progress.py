@@ -1,0 +1,40 @@
+"""What a leader keeps about each node it replicates to, beyond the engine's next and match index."""
+
+from __future__ import annotations
+
+from collections import deque
+
+
+class Progress:
+    """What the leader knows of one node beyond the engine's next and match index."""
+
+    __slots__ = (
+        "applied_index",
+        "commit_sent",
+        "contact_at",
+        "disk_full",
+        "reset_at",
+        "unacknowledged",
+        "unacknowledged_bytes",
+    )
+
+    def __init__(self, contact_at: float) -> None:
+        self.contact_at = contact_at  # when the latest message that it answered was sent
+        self.reset_at = float("-inf")
+        self.disk_full = False
+        self.applied_index = 0
+        self.commit_sent = 0
+        self.unacknowledged: deque[tuple[int, int]] = deque()  # (last index, bytes) of messages under way
+        self.unacknowledged_bytes = 0
+
+    def sent(self, last_index: int, size_bytes: int) -> None:
+        self.unacknowledged.append((last_index, size_bytes))
+        self.unacknowledged_bytes += size_bytes
+
+    def acknowledged(self, index: int) -> None:
+        while self.unacknowledged and self.unacknowledged[0][0] <= index:
+            self.unacknowledged_bytes -= self.unacknowledged.popleft()[1]
+
+    def restart(self) -> None:
+        self.unacknowledged.clear()
+        self.unacknowledged_bytes = 0
