@@ -13,7 +13,7 @@ import os
 import random
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pysyncobj.pickle as engine_pickle
@@ -283,10 +283,8 @@ def compaction_loses_tail(seed: int) -> str | None:
             add(*entry)
 
         log.add = add_until_killed
-        try:
+        with suppress(_Killed):
             log.deleteEntriesTo(20)
-        except _Killed:
-            pass
         del log.add
         cluster.kill(node_id)
         node = cluster.start(node_id)

@@ -245,7 +245,7 @@ class World:
         self.steady_term: int | None = None  # while set, leadership must not change
         self.no_snapshot_needed = False
         self.on_vote: Callable[[str, str], None] | None = None
-        self._voters: dict[str, frozenset[str]] = {}
+        self._configuration: tuple[int, frozenset[str]] = (0, frozenset())
         self._trace = hashlib.blake2b(digest_size=16)
         self._requests = 0
         self._node_count = size
@@ -562,12 +562,14 @@ class World:
             self.violation("snapshot for a short absence", f"{process.node_id} sent one")
 
     def _check_new_voters(self, process: Process, core: RaftCore) -> None:
-        voters = core.membership.current.voter_ids()
-        before = self._voters.get(process.node_id)
-        if voters == before:
+        """A configuration is first seen where it is made: on the leader that appends it."""
+        index = core.membership.current_index
+        if index <= self._configuration[0]:
             return
-        self._voters[process.node_id] = voters
-        for node_id in sorted(voters - before) if before is not None else ():
+        before = self._configuration[1]
+        voters = core.membership.current.voter_ids()
+        self._configuration = (index, voters)
+        for node_id in sorted(voters - before) if before else ():
             new = self.processes.get(node_id)
             if (
                 new is not None
@@ -581,12 +583,17 @@ class World:
     def check_callers(self) -> None:
         for call in self.calls:
             late = self.clock.now - call.due
-            if late > 1.0 and not call.ended and call.process is not None and call.process.awake:
-                if call.core is call.process.core:
-                    self.violation(
-                        "a caller is left waiting",
-                        f"{call.kind} at {call.process.node_id}, {late:.1f} s late",
-                    )
+            process = call.process
+            if (
+                late > 1.0
+                and not call.ended
+                and process is not None
+                and process.awake
+                and call.core is process.core
+            ):
+                self.violation(
+                    "a caller is left waiting", f"{call.kind} at {process.node_id}, {late:.1f} s late"
+                )
 
     # -- the end
 
