@@ -104,8 +104,8 @@ def load(cluster: Cluster, clients: int, seconds: int) -> dict[str, float]:
         "writes_per_second": float(_find(r"Requests/sec:\s+([\d.]+)", done))
         * (total - failed)
         / max(total, 1),
-        "p50_ms": _milliseconds(_find(r"50%\s+(\S+)", done)),
-        "p99_ms": _milliseconds(_find(r"99%\s+(\S+)", done)),
+        "p50_ms": _milliseconds(_find(r"(?m)^\s+50%\s+(\S+)", done)),
+        "p99_ms": _milliseconds(_find(r"(?m)^\s+99%\s+(\S+)", done)),
         "cpu_seconds_per_1000": cpu / max(total - failed, 1) * 1000,
         "peak_mib": cluster.peak_bytes() / 2**20,
     }
