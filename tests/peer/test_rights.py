@@ -170,13 +170,12 @@ async def test_trackers_away_downloads_go_on(peers: Peers, tmp_path: Path) -> No
     source.write_bytes(os.urandom(8 << 20))
     ada, ben = await peers.open("ada"), await peers.open("ben")
     await share(ada, source)
-    getting = asyncio.create_task(get(ben, "hull.bin", tmp_path / "there", down=2 << 20))
+    getting = asyncio.create_task(get(ben, "hull.bin", tmp_path / "there", down=1 << 20))
     async with asyncio.timeout(10):
         while not (rows := await ben.ps()) or not rows[0].done_bytes:
             await asyncio.sleep(0.01)
-    for node in peers.trackers.nodes:
-        await node.service.stop()
-        await node.runner.cleanup()
+    await asyncio.gather(*(node.service.stop() for node in peers.trackers.nodes))
+    await asyncio.gather(*(node.runner.cleanup() for node in peers.trackers.nodes))
     assert not getting.done()
     await getting
     assert (tmp_path / "there/hull.bin").read_bytes() == source.read_bytes()
