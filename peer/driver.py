@@ -236,6 +236,8 @@ class DownloadDriver:
         finally:
             if arrived < 0:
                 self._pool.give(buffer)
+        if arrived < 0:
+            return
         # From here on the piece is ours whatever becomes of the request: a cancelled check would leave the buffer
         # in use by the executor.
         self.feed(ev.PieceArrived(number))
