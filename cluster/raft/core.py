@@ -92,6 +92,7 @@ class RaftCore:
         self._fatal_reason: str | None = None
         self._leadership: list[Callable[[bool], None]] = []
         self._acting = False
+        self._halted = False
         self._timer: Handle | None = None
         self._controls: dict[int, tuple[float, Ended]] = {}
         self._control = 0
@@ -226,6 +227,9 @@ class RaftCore:
 
     def halt(self) -> None:
         """Stop at once: every caller is answered, nothing is sent any more. The journal is closed by `close`."""
+        if self._halted:
+            return
+        self._halted = True
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -249,8 +253,7 @@ class RaftCore:
         self.runtime.call_soon(self._end)
 
     def _end(self) -> None:
-        if not self.guard.stopped:
-            self.halt()
+        self.halt()
         if self._fatal is not None and self._fatal_reason is not None:
             self._fatal(self._fatal_reason)
 

@@ -20,7 +20,7 @@ from cluster.consensus import NodeInfo
 from cluster.raft.corrections import Corrections
 from cluster.raft.disk import DiskFullError
 from cluster.raft.elections import Elections
-from cluster.raft.messages import AppendEntries, Message
+from cluster.raft.messages import AppendEntries, Message, TimeoutNow
 from cluster.raft.progress import Progress
 from cluster.raft.runtime import Runtime
 from cluster.raft.settings import RaftSettings
@@ -335,6 +335,11 @@ class Engine(SyncObj):
         if not self.corrections.disk_full_survived:
             raise DiskFullError("no room left")
         self.disk_full = True
+        if self.leading:
+            # The node that is furthest may stand at once, instead of waiting until it misses this one.
+            behind = [(self.match_index(str(node.id)), str(node.id)) for node in self.voter_peers]
+            if behind:
+                self.host.send(max(behind)[1], TimeoutNow(self.term))
         if self.state != FOLLOWER:
             self.step_down()
 

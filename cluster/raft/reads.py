@@ -67,7 +67,7 @@ class ReadBarriers:
 
     def pump_soon(self) -> None:
         """All reads that arrive within one turn of the loop share a round."""
-        if not self._pump_due:
+        if self._waiting and not self._pump_due:
             self._pump_due = True
             self._runtime.call_soon(self._pump_turn)
 
