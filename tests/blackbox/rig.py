@@ -131,7 +131,7 @@ def run(
         timeout=timeout_seconds,
         check=False,
     )
-    assert "Traceback" not in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr, done.stderr
     return Done(done.returncode, done.stdout, done.stderr)
 
 

@@ -61,6 +61,10 @@ def _run(argv: list[str]) -> int:
     function, bound, *_ = app.parse_args(ordered, exit_on_error=False, print_error=False)
     result = function(*bound.args, **bound.kwargs)
     if inspect.isawaitable(result):
+        from trimaran import log
+
+        common = bound.arguments.get("common")
+        log.to_home(common.home_folder if common is not None else _home_of(argv))
         result = run_async(result)
     return int(result) if isinstance(result, int) else 0
 

@@ -87,7 +87,7 @@ class Backstage:
         if common.insecure:
             settings["TRIMARAN_INSECURE"] = "1"
         self._peer = Started(
-            "peer", "run", "--home", str(self.home), log=self.home / "peer.log", settings=settings
+            "peer", "run", "--home", str(self.home), log=self.home / "peer.err", settings=settings
         )
         try:
             self._peer.wait_until_ready()
