@@ -25,7 +25,7 @@ FULL = bool(os.environ.get("TRIMARAN_FULL"))
 MIB = 1 << 20
 FILE_BYTES = 1024 * MIB if FULL else 96 * MIB
 RESUMED_BYTES = 512 * MIB if FULL else 32 * MIB
-RESUMED_RATE = "40M" if FULL else "6M"
+RESUMED_RATE = "20M" if FULL else "3M"
 SWARM_BYTES = 256 * MIB if FULL else 64 * MIB
 
 pytestmark = pytest.mark.timeout(900 if FULL else 240)
