@@ -15,6 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 from chaos_tests.simulation import weather
 from chaos_tests.simulation.rig import WITHOUT, Rig
+from chaos_tests.simulation.stock import CANARIES
 from chaos_tests.simulation.world import Result, ViolationError, World
 
 SETTLE_SECONDS = 20.0
@@ -55,12 +56,13 @@ def first_failure(name: str, seeds: Iterable[int], seconds: float) -> Result | N
     return None
 
 
-def _run(arguments: tuple[int, float]) -> Result:
-    return run(*arguments)
+def _run(arguments: tuple[int, float, str]) -> Result:
+    seed, seconds, without = arguments
+    return run(seed, seconds, WITHOUT[without] if without else None)
 
 
-def run_many(seeds: Iterable[int], seconds: float, processes: int = 2) -> Iterator[Result]:
-    jobs = [(seed, seconds) for seed in seeds]
+def run_many(seeds: Iterable[int], seconds: float, processes: int = 2, without: str = "") -> Iterator[Result]:
+    jobs = [(seed, seconds, without) for seed in seeds]
     if processes == 1:
         yield from map(_run, jobs)
         return
@@ -91,6 +93,16 @@ def summarise(results: list[Result], wall_seconds: float, seconds: float) -> str
     return "\n".join(lines)
 
 
+def _show_canaries() -> int:
+    """Every finding must show on one of three seeds; 1 when one does not."""
+    passed = 0
+    for finding, canary in CANARIES.items():
+        shown = next(filter(None, map(canary, range(3))), None)
+        passed += shown is None
+        sys.stdout.write(f"finding {finding:>2}: {shown or 'NOT SHOWN'}\n")
+    return 1 if passed else 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=60, help="how many seeds, from --first on")
@@ -101,13 +113,20 @@ def main() -> int:
     parser.add_argument(
         "--minutes", type=float, default=float("inf"), help="begin no further seed after so long"
     )
+    parser.add_argument("--without", default="", choices=["", *WITHOUT], help="take one correction away")
+    parser.add_argument(
+        "--canaries", action="store_true", help="show the findings on stock PySyncObj, and end"
+    )
     options = parser.parse_args()
+    if options.canaries:
+        return _show_canaries()
     seeds = (
         [options.seed] if options.seed is not None else range(options.first, options.first + options.seeds)
     )
     began = time.monotonic()
     results = []
-    for result in run_many(seeds, options.seconds, 1 if options.seed is not None else options.processes):
+    processes = 1 if options.seed is not None else options.processes
+    for result in run_many(seeds, options.seconds, processes, options.without):
         results.append(result)
         if result.violations:
             sys.stderr.write(f"seed {result.seed} ({result.weather}): {result.violations[0][:300]}\n")
