@@ -169,6 +169,7 @@ class Engine:
         await self.fetcher.close()
         await self.server.stop()
         self.files.close()
+        self.pool.clear()
         if self._watchdog is not None:
             self._watchdog.cancel()
         self.pieces.shutdown(wait=False, cancel_futures=True)

@@ -473,6 +473,11 @@ class BufferPool:
                 del self._free[other]
         return bytearray(size)
 
+    def clear(self) -> None:
+        """Let go of the buffers that nobody uses now."""
+        self._free.clear()
+        self._free_bytes = 0
+
     def give(self, buffer: bytearray) -> None:
         self.out_bytes -= len(buffer)
         self._free.setdefault(len(buffer), []).append(buffer)

@@ -66,7 +66,7 @@ class Getting:
 
     def drivers(self) -> Iterator[DownloadDriver]:
         for transfer in list(self.transfers.values()):
-            if transfer.driver is not None:
+            if transfer.driver is not None and transfer.running:
                 yield transfer.driver
 
     def driver_of(self, swarm: Swarm) -> DownloadDriver | None:
@@ -76,6 +76,8 @@ class Getting:
         """Share the memory and the rate among what runs."""
         running = list(self.drivers())
         rate = self._engine.down.bytes_per_second
+        if not running:
+            self._engine.pool.clear()  # a peer that only shares needs no buffers
         for driver in running:
             piece_bytes = driver.swarm.manifest.layout.piece_bytes
             pieces = max(2, self._engine.pool.limit_bytes // piece_bytes // len(running))
