@@ -102,6 +102,11 @@ class _Gauges(Collector):
         yield _gauge("trimaran_raft_quorum", "1 while a quorum is heard", int(status.quorum))
         yield _gauge("trimaran_disk_full", "1 while the disk is full", int(status.disk_full))
         yield _gauge("trimaran_ready", "1 while the node can answer", int(not service.unready_reason()))
+        held_seconds, used_seconds = service.loop_probe.longest()
+        yield _gauge(
+            "trimaran_loop_block_seconds_max", "Longest hold of the event loop, lately", held_seconds
+        )
+        yield _gauge("trimaran_loop_block_cpu_seconds", "Processor time used in that hold", used_seconds)
         role = GaugeMetricFamily("trimaran_raft_role", "1 for the node's role", labels=["role"])
         for known in Role:
             role.add_metric([known.value], int(known is status.role))

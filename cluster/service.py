@@ -31,6 +31,7 @@ from cluster.call import NO_SESSION, Call
 from cluster.consensus import Applied, BarrierError, Consensus, Rejected, Role
 from cluster.keys import KeyRing, NodeKeys
 from cluster.leases import ROUNDS_PER_LEASE, Expiry, LeaseTimer, Renewals
+from cluster.loop_probe import LoopProbe
 from cluster.metrics import Metrics
 from cluster.problems import ProblemError
 from cluster.settings import ServiceSettings
@@ -69,6 +70,7 @@ class Service:
         self.wall_ms = wall_ms
         self.monotonic = monotonic
         self.metrics = Metrics()
+        self.loop_probe = LoopProbe()
         self.key_ring = KeyRing(machine)
         self.keys = NodeKeys(machine, settings, consensus.node_id, self._propose_own, wall_ms)
         self.sessions = Sessions(machine, self.key_ring, settings, wall_ms)
@@ -98,6 +100,7 @@ class Service:
     async def start(self) -> None:
         """Load or make the node's signing key and start the rounds. Raises `OSError`."""
         self.keys.load()
+        self.loop_probe.start()
         settings = self.settings
         lease_round = settings.lease_seconds / ROUNDS_PER_LEASE
         self._start("heartbeat", self._heartbeat_round, settings.heartbeat_seconds / HEARTBEAT_SLOTS)
@@ -116,6 +119,7 @@ class Service:
         if self._stopping:
             return
         self._stopping = True
+        self.loop_probe.stop()
         self.hub.stop()
         for task in self._tasks:
             task.cancel()
