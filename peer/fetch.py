@@ -2,7 +2,7 @@
 
 `BufferedProtocol` lets the kernel (or TLS) write straight into the buffer in which the piece is hashed and
 from which it is written to disk; aiohttp's client copies it twice on the way. Measured by
-`benchmarks/fetch_roads.py`: see `docs/decisions` for the numbers that earn this module its keep.
+`benchmarks/fetch_roads.py`: decision 501 has the numbers that earn this module its keep.
 
 Owned here: connections to peers (kept open, one request at a time on each), reading a strict and bounded
 subset of RFC 9112 responses, timeouts, the download rate. Left to others: what to ask of whom
