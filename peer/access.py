@@ -76,6 +76,10 @@ class Access:
             and claims.peer_id not in self.quarantined.get(claims.group, ())
         )
 
+    def seconds_left(self, claims: Claims) -> float:
+        """Until the claims end by themselves; 0 when they have."""
+        return max(0.0, (claims.expires_at_ms - self._wall_ms()) / 1000)
+
 
 def _counts(key: VerifyingKey, now_ms: int) -> bool:
     return key.valid_until_ms is None or now_ms < key.valid_until_ms

@@ -309,6 +309,8 @@ class PieceServer:
         rate = self._up.bytes_per_second or self.queue.declared(loop.time()).bytes_per_second or 1e6
         swarm.choice.started(claims.peer_id, index, loop.time(), length / rate)
         self._sendings.add(sending)
+        # A token can end between two looks at all rights: nothing is sent beyond its end.
+        ending = loop.call_later(self._access.seconds_left(claims), sending.cut, "the token has expired")
         whole = False
         try:
             self._check_first(swarm, spans)
@@ -328,6 +330,7 @@ class PieceServer:
             transport.abort()
             raise
         finally:
+            ending.cancel()
             self._sendings.discard(sending)
             swarm.uploaded_bytes += sending.sent_bytes
             self.queue.moved(sending.sent_bytes, loop.time())
