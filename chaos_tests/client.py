@@ -8,7 +8,10 @@ nothing happened) or `unknown`.
 from __future__ import annotations
 
 import asyncio
+import secrets
 import ssl
+import time
+import uuid
 from typing import Any
 from urllib.parse import quote
 
@@ -20,6 +23,15 @@ from chaos_tests.history import End
 
 # Refusals that tell something about the state; all other definite problems mean "not done, for now".
 OBSERVATIONS = frozenset({"conflict", "not_found", "denied", "over_limit", "invalid"})
+
+
+def request_id() -> str:
+    """A UUIDv7 (RFC 9562, 5.7)."""
+    stamp = time.time_ns() // 1_000_000
+    value = (
+        (stamp & (1 << 48) - 1) << 80 | 7 << 76 | secrets.randbits(12) << 64 | 2 << 62 | secrets.randbits(62)
+    )
+    return str(uuid.UUID(int=value))
 
 
 class Reply(Struct, kw_only=True):
@@ -93,6 +105,15 @@ class Api:
         if reply.end == "ok":
             self.session, self.user = reply.body["session"], user
         return reply
+
+    async def text(self, node: str, path: str) -> tuple[str, str]:
+        """A plain page and its `Date`; both empty when there is no answer."""
+        timeout = aiohttp.ClientTimeout(total=1)
+        try:
+            async with self._http.get(f"{self.urls[node]}{path}", timeout=timeout) as response:
+                return await response.text(), response.headers.get("Date", "")
+        except (aiohttp.ClientError, TimeoutError, OSError):
+            return "", ""
 
     def stream(self, node: str, prefix: str, since: int) -> aiohttp.client._RequestContextManager:
         """Open a watch."""

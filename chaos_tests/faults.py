@@ -29,6 +29,7 @@ class Running:
     target: str = ""
     detail: str = ""
     bit: bool = False
+    gone_ns: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ async def run(rig: Rig, kind: Kind, chance: random.Random) -> Fault:
     finally:
         fault = Fault(
             kind=kind.name, target=running.target, begin_ns=begin, end_ns=rig.recorder.now_ns(), bit=running.bit,
-            detail=running.detail,
+            detail=running.detail, gone_ns=running.gone_ns,
         )  # fmt: skip
         rig.recorder.add(fault)
     return fault
@@ -157,10 +158,16 @@ async def halves(rig: Rig, chance: random.Random, running: Running) -> None:
     )
 
 
+async def _leader_among(rig: Rig, chance: random.Random) -> list[str]:
+    """The nodes, shuffled, the leader at the end: between followers there is little to cut."""
+    leader = await rig.leader()
+    nodes = chance.sample(rig.node_ids, len(rig.node_ids))
+    return sorted(nodes, key=lambda node: node == leader)
+
+
 async def bridge(rig: Rig, chance: random.Random, running: Running) -> None:
     """Two groups that only one node sees both of."""
-    nodes = chance.sample(rig.node_ids, len(rig.node_ids))
-    middle, rest = nodes[0], nodes[1:]
+    middle, *rest = await _leader_among(rig, chance)
     half = len(rest) // 2
     running.target = middle
     await _cut(
@@ -169,16 +176,13 @@ async def bridge(rig: Rig, chance: random.Random, running: Running) -> None:
 
 
 async def majorities_ring(rig: Rig, chance: random.Random, running: Running) -> None:
-    """Every node sees a majority, and no two see the same one (for three nodes: a bridge)."""
-    nodes = chance.sample(rig.node_ids, len(rig.node_ids))
+    """Every node sees its two neighbours on a ring, and no two see the same majority (of three nodes: a
+    bridge)."""
+    nodes = await _leader_among(rig, chance)
     count = len(nodes)
     running.target = " ".join(nodes)
-    keep = count // 2 + 1
-    seen = {a: {nodes[(i + k) % count] for k in range(keep)} for i, a in enumerate(nodes)}
-    pairs = [(a, b) for a in nodes for b in nodes if a != b and b not in seen[a] and a not in seen[b]]
-    if not pairs:
-        pairs = _both([(nodes[0], nodes[1])])
-    await _cut(rig, running, pairs, chance.uniform(1.5, 4))
+    apart = [(a, b) for i, a in enumerate(nodes) for j, b in enumerate(nodes) if 1 < abs(i - j) < count - 1]
+    await _cut(rig, running, apart or _both([(nodes[1], nodes[2])]), chance.uniform(1.5, 4))
 
 
 async def slow_links(rig: Rig, chance: random.Random, running: Running) -> None:
@@ -244,6 +248,12 @@ def _needs_clock(rig: Rig) -> str | None:
     return None if rig.clocks else "no C compiler for the clock shim"
 
 
+async def _clock_is_off(rig: Rig, node: str) -> bool:
+    """Whether the node itself tells a time that is minutes off."""
+    off = await rig.wall_clock_of(node)
+    return off is not None and abs(off) > 200
+
+
 async def clock_step(rig: Rig, chance: random.Random, running: Running) -> None:
     node = chance.choice(rig.node_ids)
     offset = chance.choice([-300.0, 300.0])
@@ -251,7 +261,7 @@ async def clock_step(rig: Rig, chance: random.Random, running: Running) -> None:
     try:
         rig.clocks[node].step(offset)
         await asyncio.sleep(chance.uniform(2, 5))
-        running.bit = True  # the shim's own test shows that a step is seen
+        running.bit = await _clock_is_off(rig, node)
     finally:
         rig.clocks[node].step(0)
 
@@ -263,7 +273,7 @@ async def clock_strobe(rig: Rig, chance: random.Random, running: Running) -> Non
         for _ in range(chance.randint(10, 30)):
             rig.clocks[node].step(chance.choice([-300.0, 0.0, 300.0]))
             await asyncio.sleep(0.1)
-        running.bit = True
+            running.bit = running.bit or await _clock_is_off(rig, node)
     finally:
         rig.clocks[node].step(0)
 
@@ -322,17 +332,17 @@ async def missing_folder(rig: Rig, chance: random.Random, running: Running) -> N
     await rig.replace(node)
 
 
-def kill_point(*names: str) -> Act:
+def kill_point(*names: str, nth_max: int = 40, seconds: float = 4.0) -> Act:
     """Restart a node so that it dies at a step of its disk, and then start it plainly again."""
 
     async def act(rig: Rig, chance: random.Random, running: Running) -> None:
         node = chance.choice(rig.node_ids)
-        point = f"{chance.choice(names)}:{chance.randint(1, 40)}"
+        point = f"{chance.choice(names)}:{chance.randint(1, nth_max)}"
         running.target, running.detail = node, point
         try:
             await rig.kill(node)
             await rig.start(node, {"TRIMARAN_KILL_POINT": point})
-            running.bit = await rig.dies_within(node, 4.0)
+            running.bit = await rig.dies_within(node, seconds)
         finally:
             await rig.kill(node)
             await rig.start(node)
@@ -341,18 +351,27 @@ def kill_point(*names: str) -> Act:
 
 
 async def few_descriptors(rig: Rig, chance: random.Random, running: Running) -> None:
-    """A thousand idle connections on a node with few file descriptors left; the others go on, it recovers."""
+    """A node with twelve file descriptors left and hundreds of idle connections: the others go on, it recovers."""
     node = chance.choice(rig.node_ids)
     running.target = node
-    held = await rig.hold_connections(node, 600)
+    held = []
     try:
-        running.bit = len(held) > 100
-        running.detail = f"{len(held)} idle connections"
-        await asyncio.sleep(2.0)
+        rig.limit_descriptors(node, 12)
+        held = await rig.hold_connections(node, 300)
+        until = rig.recorder.now_ns() + 3_000_000_000
+        while rig.recorder.now_ns() < until:
+            running.bit = running.bit or not (await rig.answers_new_connections(node))
+            await asyncio.sleep(0.2)
+        running.detail = f"{len(held)} idle connections, 12 descriptors"
     finally:
+        rig.limit_descriptors(node, None)
         for writer in held:
             with suppress(OSError):
                 writer.close()
+
+
+def needs_snapshots(rig: Rig) -> str | None:
+    return None if rig.makes_snapshots else "the log is not set to be compacted in this run"
 
 
 KINDS: dict[str, Kind] = {
@@ -389,7 +408,14 @@ KINDS: dict[str, Kind] = {
         ),
         Kind(
             "killed at the snapshot",
-            kill_point("snapshot.sync.before", "snapshot.rename.before", "snapshot.rename.after"),
+            kill_point(
+                "snapshot.sync.before",
+                "snapshot.rename.before",
+                "snapshot.rename.after",
+                nth_max=1,
+                seconds=15,
+            ),
+            needs_snapshots,
         ),
         Kind("out of descriptors", few_descriptors),
     )

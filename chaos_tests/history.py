@@ -53,6 +53,7 @@ class Fault(msgspec.Struct, kw_only=True):
     end_ns: int
     bit: bool = False  # a demonstrable effect was seen
     detail: str = ""
+    gone_ns: tuple[int, int] = (0, 0)  # from when to when its targets were down, where that is told
 
 
 class Sample(msgspec.Struct, kw_only=True):
@@ -113,6 +114,15 @@ class Life(msgspec.Struct, kw_only=True):
     to_ns: int
 
 
+class Load(msgspec.Struct, kw_only=True):
+    """How busy the machine itself was: runnable processes (as the kernel averages them over a minute), and by
+    how much a nap of 50 ms overslept in the rig."""
+
+    at_ns: int
+    runnable: float
+    late_seconds: float
+
+
 class History(msgspec.Struct, kw_only=True):
     seed: int = 0
     operations: list[Operation] = []
@@ -122,6 +132,7 @@ class History(msgspec.Struct, kw_only=True):
     transfers: list[Transfer] = []
     presences: list[Presence] = []
     lives: list[Life] = []
+    loads: list[Load] = []
     end_ns: int = 0
     healed_ns: int = 0
 
@@ -134,6 +145,7 @@ _KINDS: dict[str, tuple[str, type]] = {
     "transfer": ("transfers", Transfer),
     "presence": ("presences", Presence),
     "life": ("lives", Life),
+    "load": ("loads", Load),
 }
 _NAMES = {kind: name for name, (_, kind) in _KINDS.items()}
 
@@ -184,7 +196,7 @@ class Recorder:
         operation.end_ns = self.now_ns()
         self._write("operation", operation)
 
-    def add(self, record: Fault | Sample | Watched | Transfer | Presence | Life) -> None:
+    def add(self, record: Fault | Sample | Watched | Transfer | Presence | Life | Load) -> None:
         kind = _NAMES[type(record)]
         getattr(self.history, _KINDS[kind][0]).append(record)
         self._write(kind, record)

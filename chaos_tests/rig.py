@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import socket
@@ -23,10 +25,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 from chaos_tests import wall_clock
-from chaos_tests.client import Api
+from chaos_tests.client import Api, Reply, request_id
 from chaos_tests.history import Recorder, Sample
 from chaos_tests.proxy import Direction, Link
 from chaos_tests.ways import Way
@@ -52,7 +55,14 @@ class Node:
 
 class Rig:
     def __init__(
-        self, folder: Path, recorder: Recorder, nodes: int, seed: int, *, corrections_off: str = ""
+        self,
+        folder: Path,
+        recorder: Recorder,
+        nodes: int,
+        seed: int,
+        *,
+        corrections_off: str = "",
+        raft_settings: Mapping[str, float] | None = None,
     ) -> None:
         self.folder, self.recorder, self.seed = folder, recorder, seed
         self.node_ids = [f"n{i + 1}" for i in range(nodes)]
@@ -60,7 +70,11 @@ class Rig:
         self.clocks: dict[str, wall_clock.WallClock] = {}
         self.small_disks = False
         self.missing: list[str] = []  # what cannot be had here, said in the report
-        self._corrections_off = corrections_off
+        self.makes_snapshots = "log_bytes_before_snapshot" in (raft_settings or {})
+        self._variables = {
+            "TRIMARAN_RIG_CORRECTIONS_OFF": corrections_off,
+            **{f"TRIMARAN_RAFT_SETTINGS_{k.upper()}": str(v) for k, v in (raft_settings or {}).items()},
+        }
         self._raft_links: dict[tuple[str, str], Link] = {}
         self._user_links: dict[str, Link] = {}
         self._user_ports: dict[str, int] = {}
@@ -73,7 +87,7 @@ class Rig:
     async def set_up(self) -> None:
         """Make the cluster: CA, folders, membership, proxies; start all nodes and wait until they serve."""
         self._prepare_shim()
-        ports = _free_ports(2 * len(self.node_ids))
+        ports = free_ports(2 * len(self.node_ids))
         for i, node_id in enumerate(self.node_ids):
             folder = self.folder / node_id
             self._mount_small(folder)
@@ -179,7 +193,7 @@ class Rig:
         variables = {
             **os.environ,
             "TRIMARAN_RIG_DIAL": ",".join(f"{b}=127.0.0.1:{link.port}" for b, link in dial.items()),
-            "TRIMARAN_RIG_CORRECTIONS_OFF": self._corrections_off,
+            **self._variables,
             **(self.clocks[node_id].environment if node_id in self.clocks else {}),
             **(environment or {}),
         }
@@ -231,15 +245,20 @@ class Rig:
             with contextlib.suppress(ProcessLookupError):
                 node.process.send_signal(signal.SIGCONT)
 
-    async def dies_within(self, node_id: str, seconds: float) -> bool:
-        node = self.nodes[node_id]
-        if node.process is None:
+    async def ends_within(self, node_id: str, seconds: float) -> bool:
+        process = self.nodes[node_id].process
+        if process is None:
             return False
         try:
-            await asyncio.wait_for(node.process.wait(), seconds)
+            await asyncio.wait_for(process.wait(), seconds)
         except TimeoutError:
             return False
-        return node.process.returncode == 137
+        return True
+
+    async def dies_within(self, node_id: str, seconds: float) -> bool:
+        """Whether a kill point ends it in time."""
+        process = self.nodes[node_id].process
+        return await self.ends_within(node_id, seconds) and process is not None and process.returncode == 137
 
     async def refuses_to_start(self, node_id: str) -> bool:
         await self.start(node_id)
@@ -255,20 +274,43 @@ class Rig:
         helper = self.node_ids[0]
         for entry in node.folder.iterdir():
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        urls = ",".join(f"https://127.0.0.1:{n.http}" for n in self.nodes.values() if n.node_id != node_id)
-        await self._cli_retried(
-            "cluster",
-            "remove",
-            node_id,
-            "--trackers",
-            urls,
-            "--ca",
-            str(self.ca),
-            "--operator",
-            str(self.nodes[helper].folder),
-        )
-        await self._join(helper, node_id)
+        await self.remove(node_id)
+        await self._retried(lambda: self._join(helper, node_id))
         await self.start(node_id)
+
+    async def remove(self, node_id: str, through: str = "") -> None:
+        """Take a node out of the cluster, as its operator, through any other node (or the one named)."""
+        if through:
+            reply = await self._remove_once(node_id, through)
+            if reply.end != "ok":
+                raise RuntimeError(f"removing {node_id} through {through}: {reply.status} {reply.code}")
+            return
+        others = [other for other in self.node_ids if other != node_id]
+        for attempt in range(60):
+            reply = await self._remove_once(node_id, others[attempt % len(others)])
+            if reply.end == "ok" or (reply.end == "refused" and reply.code == "not_found"):
+                return
+            await asyncio.sleep(0.3)
+        raise RuntimeError(f"{node_id} cannot be removed: {reply.status} {reply.code} {reply.body}")
+
+    async def _remove_once(self, node_id: str, through: str) -> Reply:
+        api = self.operator()
+        try:
+            return await api.call(
+                through, "DELETE", f"/v1/cluster/nodes/{node_id}", request_id=request_id(), seconds=10
+            )
+        finally:
+            await api.close()
+
+    async def transfer(self, to: str) -> Reply:
+        """Move the leadership, as its operator."""
+        api = self.operator()
+        try:
+            return await api.call(
+                to, "POST", "/v1/cluster/leader", body={"to": to}, request_id=request_id(), seconds=10
+            )
+        finally:
+            await api.close()
 
     # --- disks ------------------------------------------------------------------------------------
 
@@ -289,10 +331,22 @@ class Rig:
     async def says_disk_full(self, node_id: str) -> bool:
         api = self.api()
         try:
-            reply = await api.call(node_id, "GET", "/readyz", seconds=1)
-            return "disk" in json.dumps(reply.body) or "disk" in reply.code
+            return "disk full" in (await api.text(node_id, "/readyz"))[0]
         finally:
             await api.close()
+
+    async def wall_clock_of(self, node_id: str) -> float | None:
+        """Seconds by which the node's own wall clock differs from ours, from the `Date` of its answers."""
+        api = self.api()
+        try:
+            date = (await api.text(node_id, "/healthz"))[1]
+        finally:
+            await api.close()
+        return parsedate_to_datetime(date).timestamp() - time.time() if date else None
+
+    def newest_snapshot(self, node_id: str) -> str:
+        """The name of the node's latest whole snapshot, which tells its place in the log."""
+        return max((path.name for path in self.nodes[node_id].folder.rglob("snapshot-*.snap")), default="")
 
     def _segments(self, node_id: str) -> list[Path]:
         return sorted(self.nodes[node_id].folder.rglob("journal-*"), key=lambda path: path.name)
@@ -339,6 +393,16 @@ class Rig:
         for clock in self.clocks.values():
             clock.step(0)
 
+    def limit_descriptors(self, node_id: str, spare: int | None) -> None:
+        """Leave the node room for `spare` more open files than it has now; None lifts the limit."""
+        node = self.nodes[node_id]
+        if not node.alive or node.process is None:
+            return
+        _, hard = resource.prlimit(node.process.pid, resource.RLIMIT_NOFILE)
+        used = len(list(Path(f"/proc/{node.process.pid}/fd").iterdir()))
+        soft = hard if spare is None else used + spare
+        resource.prlimit(node.process.pid, resource.RLIMIT_NOFILE, (soft, hard))
+
     async def hold_connections(self, node_id: str, count: int) -> list[asyncio.StreamWriter]:
         held = []
         for port in (self.nodes[node_id].http, self.nodes[node_id].raft):
@@ -349,6 +413,13 @@ class Rig:
                     break
                 held.append(writer)
         return held
+
+    async def answers_new_connections(self, node_id: str) -> bool:
+        api = self.api()
+        try:
+            return bool((await api.text(node_id, "/healthz"))[0])
+        finally:
+            await api.close()
 
     # --- what nodes say ---------------------------------------------------------------------------
 
@@ -364,6 +435,13 @@ class Rig:
     def api(self) -> Api:
         context = ssl.create_default_context(cafile=str(self.folder / "ca.pem"))
         return Api(self.urls, context)
+
+    def operator(self) -> Api:
+        """The operator's session at every node, directly."""
+        context = ssl.create_default_context(cafile=str(self.folder / "ca.pem"))
+        folder = self.nodes[self.node_ids[0]].folder / "operator"
+        context.load_cert_chain(folder / "operator.pem", folder / "operator.key")
+        return Api({n.node_id: f"https://127.0.0.1:{n.http}" for n in self.nodes.values()}, context)
 
     async def leader(self) -> str | None:
         """Who leads, by the latest term any living node tells of in the next moments."""
@@ -462,23 +540,26 @@ class Rig:
             shutil.copy(source, self.folder / "ca.pem")
         return out.decode()
 
-    async def _cli_retried(self, *words: str) -> str:
+    async def _retried(self, act: Callable[[], Awaitable[None]]) -> None:
+        """Again and again, as an operator would while the cluster finds a leader."""
         for attempt in range(10):
             try:
-                return await self._cli(*words)
+                await act()
+                return
             except RuntimeError:
                 if attempt == 9:
                     raise
                 await asyncio.sleep(1)
-        raise AssertionError
 
 
-def _free_ports(count: int) -> list[int]:
+_candidates = itertools.cycle([*range(21_000 + os.getpid() % 9_000, 32_000), *range(21_000, 30_000)])
+
+
+def free_ports(count: int) -> list[int]:
     """Below the ephemeral range, so that no outgoing connection takes them between runs of a node."""
     found: list[int] = []
-    candidate = 21_000 + os.getpid() % 9_000
     while len(found) < count:
-        candidate = candidate + 1 if candidate < 32_000 else 21_000
+        candidate = next(_candidates)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", candidate))
             found.append(candidate)

@@ -11,20 +11,22 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import random
 import shutil
 import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from chaos_tests import faults, report, workload
-from chaos_tests.checkers import cluster, linearizability, product, revisions, watches
+from chaos_tests import compounds, faults, peer_faults, report, workload
+from chaos_tests.checkers import availability, cluster, linearizability, product, revisions, watches
 from chaos_tests.checkers.verdict import Verdict
 from chaos_tests.client import Api
-from chaos_tests.history import History, Recorder
+from chaos_tests.history import History, Load, Recorder
 from chaos_tests.rig import Rig
 from chaos_tests.swarm import Swarm
 from chaos_tests.workload import World
@@ -50,8 +52,11 @@ class Profile:
     kinds: tuple[str, ...]
     operations_per_second_min: float
     linearizability_seconds: float
+    peer_kinds: tuple[str, ...] = peer_faults.PLAIN
+    raft_settings: Mapping[str, float] = field(default_factory=dict)
 
 
+SMALL_LOG = {"log_bytes_before_snapshot": 48 << 10, "keep_tail_bytes": 16 << 10, "segment_bytes": 32 << 10}
 SMOKE = Profile(75, 3, 3, 4, 4, 1, 24 << 20, "1M", faults.SMOKE, 5, 30)
 CANARY = Profile(
     60, 3, 3, 4, 0, 0, 0, "",
@@ -61,7 +66,9 @@ CANARY_OFF = (
     "truncate_only_conflicts,acks_carry_term,wait_for_sync,snapshot_never_commits,stable_repair_hint,read_barrier,"
     "apply_before_answer"
 )
-NIGHTLY = Profile(1800, 3, 6, 5, 6, 2, 128 << 20, "2M", tuple(faults.KINDS), 5, 300)
+NIGHTLY = Profile(
+    1800, 3, 4, 5, 6, 1, 48 << 20, "1M", tuple(compounds.KINDS), 5, 300, tuple(peer_faults.KINDS), SMALL_LOG
+)  # fmt: skip
 
 
 async def run(
@@ -76,6 +83,7 @@ async def run(
         profile.nodes,
         seed,
         corrections_off=corrections_off,
+        raft_settings=profile.raft_settings,
     )
     swarm: Swarm | None = None
     world: World | None = None
@@ -90,7 +98,9 @@ async def run(
             swarm = Swarm(
                 rig.folder / "peers", recorder, rig.urls, rig.folder / "ca.pem", seed, profile.upload_rate
             )
-            await swarm.set_up(profile.peers, profile.files, profile.file_bytes)
+            await swarm.set_up(
+                profile.peers, profile.files, profile.file_bytes, hurt=bool(profile.raft_settings)
+            )
             reader = rig.api()
             await reader.login(rig.node_ids[0], "swarm-0", workload.PASSWORD)
             tasks.append(asyncio.create_task(swarm.observe(reader, rig.node_ids, stop_reading)))
@@ -102,6 +112,7 @@ async def run(
             for watcher in range(2):
                 tasks.append(asyncio.create_task(world.watch(group, watcher)))
         print(f"set up in {recorder.now_ns() / 1e9:.1f} s; faults for {profile.seconds:.0f} s", flush=True)
+        tasks.append(asyncio.create_task(_feel_load(recorder)))
         downloads = await _under_faults(profile, seed, rig, swarm, recorder)
         rig.heal()
         for node in rig.node_ids:
@@ -114,6 +125,7 @@ async def run(
         stop_reading.set()
         if world:
             world.stopping.set()
+            world.hang_up.set()
         await asyncio.sleep(0.5)
         for task in tasks:
             task.cancel()
@@ -129,13 +141,18 @@ async def run(
         if sys.exc_info()[0] is not None:
             rig.keep_logs(out)
             rig.unmount(None)
+            if swarm:
+                swarm.unmount()
     if broken:
         raise broken[0]
-    verdicts = check(history, profile, set(rig.node_ids), rig.missing)
+    verdicts = check(history, profile, set(rig.node_ids), rig.missing + (swarm.missing if swarm else []))
+    verdicts.append(product.check_logs(rig.folder))
     failed = any(verdict.result != "held" for verdict in verdicts)
     if failed:
         rig.keep_logs(out)
     rig.unmount(out / "data" if failed else None)
+    if swarm:
+        swarm.unmount()
     shutil.rmtree(rig.folder, ignore_errors=True)
     return history, verdicts
 
@@ -149,24 +166,35 @@ async def _under_faults(
     downloads: list[asyncio.Task[object]] = []
     hurting: asyncio.Task[None] | None = None
     if swarm:
-        hurting = asyncio.create_task(swarm.hurt(until))
-        for number, peer in enumerate(list(swarm.peers.values())[profile.files + 1 :]):
-            name = list(swarm.files)[number % profile.files]
-            downloads.append(asyncio.create_task(swarm.download(peer, name, profile.seconds + 120)))
-    usable = [name for name in profile.kinds if faults.KINDS[name].needs(rig) is None]
+        kinds = peer_faults.usable(swarm, profile.peer_kinds)
+        hurting = asyncio.create_task(peer_faults.hurt(swarm, kinds, until))
+        # The smoke run downloads once; a long one again and again.
+        rounds_until = until if profile.raft_settings else 0
+        downloads.append(asyncio.create_task(swarm.rounds(profile.file_bytes, rounds_until)))
+    usable = [name for name in profile.kinds if compounds.KINDS[name].needs(rig) is None]
     for pause, name in faults.schedule(usable, seed, profile.seconds, each_once=True):
         if recorder.now_ns() > until:
             break
         await asyncio.sleep(pause)
         print(f"{recorder.now_ns() / 1e9:7.1f} s  {name}", flush=True)
-        fault = await faults.run(rig, faults.KINDS[name], chance)
+        fault = await faults.run(rig, compounds.KINDS[name], chance)
         print(
             f"           {fault.target} {fault.detail}{'' if fault.bit else '  (did not bite)'}", flush=True
         )
     if hurting:
-        hurting.cancel()
-        await asyncio.gather(hurting, return_exceptions=True)
+        await asyncio.wait_for(hurting, 300)  # the last one ends as it must
     return downloads
+
+
+async def _feel_load(recorder: Recorder) -> None:
+    """Record what the machine itself did to everyone's timing."""
+    while True:
+        before = recorder.now_ns()
+        await asyncio.sleep(0.05)
+        late = (recorder.now_ns() - before) / 1e9 - 0.05
+        runnable = os.getloadavg()[0]
+        recorder.add(Load(at_ns=before, runnable=runnable, late_seconds=late))
+        await asyncio.sleep(0.45)
 
 
 async def _settle(rig: Rig, recorder: Recorder, downloads: list[asyncio.Task[object]]) -> None:
@@ -179,6 +207,9 @@ async def _settle(rig: Rig, recorder: Recorder, downloads: list[asyncio.Task[obj
         await asyncio.sleep(0.2)
     if downloads:
         await asyncio.wait(downloads, timeout=240)
+        for task in downloads:
+            if task.done():
+                task.result()
 
 
 def check(history: History, profile: Profile, nodes: set[str], missing: list[str]) -> list[Verdict]:
@@ -196,6 +227,8 @@ def check(history: History, profile: Profile, nodes: set[str], missing: list[str
         product.check_leases(history.presences, history.lives, LEASE_SECONDS + LEASE_SLACK_SECONDS, 5.0),
         product.check_transfers(history.transfers),
         product.check_deadlines(operations),
+        availability.check_minority_gone(history, compounds.MINORITY_GONE),
+        availability.check_majority_gone(history, compounds.MAJORITY_GONE),
     ]
     verdicts += watches.check(history.watched, log)
     verdicts += linearizability.check_keys(
@@ -211,6 +244,7 @@ def check(history: History, profile: Profile, nodes: set[str], missing: list[str
 def figures(history: History, verdicts: list[Verdict]) -> dict[str, str]:
     ends = Counter(operation.end for operation in history.operations)
     kinds = Counter(fault.kind for fault in history.faults if fault.bit)
+    late = sorted(load.late_seconds for load in history.loads) or [0.0]
     whole = [transfer for transfer in history.transfers if transfer.got_sha256]
     return {
         "seed": str(history.seed),
@@ -219,6 +253,8 @@ def figures(history: History, verdicts: list[Verdict]) -> dict[str, str]:
         "watch messages": f"{len(history.watched):,}",
         "faults that bit": ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items())) or "none",
         "downloads": f"{len(whole)} of {len(history.transfers)}, {sum(t.size_bytes for t in whole):,} bytes",
+        "machine": f"{max((load.runnable for load in history.loads), default=0):.1f} runnable at most; naps of the rig "
+        f"overslept by {late[len(late) // 2] * 1000:.0f} ms (median), {late[-1] * 1000:.0f} ms (most)",
         "violations": str(sum(verdict.result == "violated" for verdict in verdicts)),
         "could not tell": str(sum(verdict.result == "unknown" for verdict in verdicts)),
     }
@@ -236,7 +272,7 @@ def main() -> int:
     profile = {"smoke": SMOKE, "canary": CANARY}.get(options.profile, NIGHTLY)
     canary = options.profile == "canary"
     changes = {"seconds": options.seconds, "nodes": options.nodes}
-    profile = Profile(**{**profile.__dict__, **{name: value for name, value in changes.items() if value}})
+    profile = replace(profile, **{name: value for name, value in changes.items() if value})
     out = options.out / f"{options.profile}-{seed}"
     replay = f"python -m chaos_tests.run {options.profile} --seed {seed} --seconds {profile.seconds:.0f} --nodes {profile.nodes}"
     history, verdicts = asyncio.run(run(profile, seed, out, CANARY_OFF if canary else ""))

@@ -1,7 +1,8 @@
 """Real peers in a chaos run: `peer run` processes with homes of their own, and downloads between them.
 
-Owned here: starting and hurting peers, sharing a few files, long downloads with their progress recorded,
-and readings of the swarm for the check of leases.
+Owned here: starting, stopping and linking peers (each behind a proxy that it advertises), sharing files,
+long downloads with their progress recorded, and readings of the swarm for the check of leases. What is done
+to peers stands in `peer_faults.py`. One peer lies: it sends wrong bytes now and then (`peer_entry.py`).
 """
 
 from __future__ import annotations
@@ -13,25 +14,49 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from chaos_tests.client import Api
-from chaos_tests.history import FOREVER_NS, Fault, Life, Presence, Recorder, Transfer
+from chaos_tests.history import FOREVER_NS, Life, Presence, Recorder, Transfer
+from chaos_tests.proxy import Link
+from chaos_tests.rig import free_ports
 from chaos_tests.workload import PASSWORD
 
 CLI = [sys.executable, "-m", "trimaran"]
 ROOT = Path(__file__).parents[1]
 
 
-class Peer:
-    """One peer: its home, its user, its process."""
+SETTLE_SECONDS = 5.0  # what was just shared is told to the trackers by then
+SMALL_DISK_BYTES = 256 << 20
 
-    def __init__(self, name: str, folder: Path) -> None:
-        self.name, self.home = name, folder / name
+
+class CliError(RuntimeError):
+    """A command ended with another exit code than 0 (-1: no end in time)."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Peer:
+    """One peer: its home, its user, its process, its link."""
+
+    def __init__(self, name: str, folder: Path, port: int, seed: int) -> None:
+        self.name, self.folder = name, folder / name
+        self.home, self.target = self.folder / "home", self.folder / "got"
         self.log = folder / f"{name}.log"
+        self.port = port
+        self.link = Link(name, ("127.0.0.1", port), seed)
         self.peer_id = ""
+        self.lies = False
+        self.small_disk = False
         self.process: asyncio.subprocess.Process | None = None
+        self.running = asyncio.Event()
+        self.busy = asyncio.Lock()  # one fault at a time
+        self.commands: set[asyncio.subprocess.Process] = set()
         self.life: Life | None = None
 
     @property
@@ -39,67 +64,125 @@ class Peer:
         return self.process is not None and self.process.returncode is None
 
 
+class SharedFile(NamedTuple):
+    path: Path
+    sha256: str
+    size_bytes: int
+    seeders: list[str]
+    from_ns: int  # its seeders are in the trackers' books by then
+
+
 class Swarm:
     def __init__(
         self, folder: Path, recorder: Recorder, urls: dict[str, str], ca: Path, seed: int, rate: str
     ) -> None:
-        self.folder, self.recorder, self.urls, self.ca = folder, recorder, urls, ca
+        self.folder, self.recorder, self.urls, self.ca, self.seed = folder, recorder, urls, ca, seed
         self.random = random.Random(f"swarm/{seed}")
         self.rate = rate  # of each peer's upload, as the command takes it: it makes downloads last
         self.peers: dict[str, Peer] = {}
-        self.files: dict[str, tuple[Path, str, int]] = {}  # name -> (path, sha256, size)
+        self.files: dict[str, SharedFile] = {}
         self.group = "swarm"
-        self.seeders_per_file = 2
+        self.missing: list[str] = []
+        self._mounts: list[Path] = []
         folder.mkdir(parents=True, exist_ok=True)
 
     # --- setting up -------------------------------------------------------------------------------
 
-    async def set_up(self, peers: int, files: int, size_bytes: int, seeders_per_file: int = 2) -> None:
-        """Sign everyone up, one group with all of them, some seeders for each file. Before any fault."""
-        self.seeders_per_file = seeders_per_file
-        for number in range(peers):
-            peer = Peer(f"peer-{number}", self.folder)
-            peer.home.mkdir(parents=True, exist_ok=True)
+    async def set_up(
+        self, peers: int, files: int, size_bytes: int, seeders_per_file: int = 2, *, hurt: bool = False
+    ) -> None:
+        """Sign everyone up, one group with all of them, some seeders for each file. Before any fault. With
+        `hurt`, the last peer has a small disk and the last but one lies."""
+        for number, port in enumerate(free_ports(peers)):
+            peer = Peer(f"peer-{number}", self.folder, port, self.seed)
             self.peers[peer.name] = peer
-            await self.cli(peer, "register", f"swarm-{number}")
-            if number == 0:
-                await self.cli(peer, "group", "create", self.group)
-            else:
-                await self.cli(peer, "group", "join", self.group)
-                await self.cli(self.peers["peer-0"], "group", "accept", self.group, f"swarm-{number}")
-        for peer in self.peers.values():
-            await self.start(peer)
+            peer.lies = hurt and number == peers - 2
+            if hurt and number == peers - 1:
+                self._mount_small(peer)
+            for folder in (peer.home, peer.target):
+                folder.mkdir(parents=True, exist_ok=True)
+            await peer.link.start()
+        await asyncio.gather(*(self._sign_up(n, p) for n, p in enumerate(self.peers.values())))
+        first, *others = self.peers.values()
+        await self.cli(first, "group", "create", self.group)
+        await asyncio.gather(*(self.cli(peer, "group", "join", self.group) for peer in others))
+        for number in range(1, peers):
+            await self.cli(first, "group", "accept", self.group, f"swarm-{number}")
+        await asyncio.gather(*(self.start(peer) for peer in self.peers.values()))
+        names = list(self.peers)
         for number in range(files):
-            path = self.folder / f"source-{number}.bin"
-            with path.open("wb") as file:
-                for _ in range(size_bytes >> 20):
-                    file.write(os.urandom(1 << 20))
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
-            self.files[path.name] = (path, digest, path.stat().st_size)
-            for seeder in self._seeders(path.name):
-                await self.cli(self.peers[seeder], "share", str(path), "--group", self.group, seconds=120)
+            seeders = [names[(number + k) % peers] for k in range(seeders_per_file)]
+            await self.share_new(f"source-{number}.bin", size_bytes, seeders)
+
+    async def _sign_up(self, number: int, peer: Peer) -> None:
+        await self.cli(peer, "register", f"swarm-{number}", seconds=120)
+
+    def _mount_small(self, peer: Peer) -> None:
+        peer.folder.mkdir(parents=True, exist_ok=True)
+        if os.geteuid() != 0:
+            self.missing.append("a peer's full disk: a small file system needs root")
+            return
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK_BYTES}", "tmpfs", str(peer.folder)],
+            capture_output=True, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            self.missing.append(f"a peer's full disk: {done.stderr.decode().strip()}")
+            return
+        self._mounts.append(peer.folder)
+        peer.small_disk = True
+
+    async def share_new(self, name: str, size_bytes: int, seeders: list[str]) -> None:
+        """Make a file of random bytes and let peers share it. Raises `CliError`."""
+        path = self.folder / name
+        digest = await asyncio.to_thread(_random_file, path, size_bytes)
+        for seeder in seeders:
+            await self.cli(self.peers[seeder], "share", str(path), "--group", self.group, seconds=120)
+        from_ns = self.recorder.now_ns() + int(SETTLE_SECONDS * 1e9)
+        self.files[name] = SharedFile(path, digest, size_bytes, seeders, from_ns)
+
+    async def forget(self, name: str) -> None:
+        """Take a file off the group and off the disks."""
+        shared = self.files.pop(name)
+        with contextlib.suppress(CliError):
+            await self.cli(self.peers[shared.seeders[0]], "remove", f"{self.group}/{name}")
+        shared.path.unlink(missing_ok=True)
+        for peer in self.peers.values():
+            (peer.target / name).unlink(missing_ok=True)
 
     async def start(self, peer: Peer) -> None:
         if peer.alive:
             return
+        for _ in range(5):
+            if await self._started(peer):
+                break
+        else:
+            raise RuntimeError(f"{peer.name} does not start: {peer.log.read_text(errors='replace')[-500:]}")
+        peer.life = Life(peer_id=peer.peer_id, from_ns=self.recorder.now_ns(), to_ns=FOREVER_NS)
+        with contextlib.suppress(CliError):
+            await self.cli(peer, "peer", "limits", "--up", self.rate)
+        peer.running.set()
+
+    async def _started(self, peer: Peer) -> bool:
+        """One try. A command that was on its way when the peer died may hold its home for a moment."""
         before = peer.log.stat().st_size if peer.log.exists() else 0
         with peer.log.open("ab") as log:
             peer.process = await asyncio.create_subprocess_exec(
-                *CLI, "peer", "run", *self._common(peer), "--listen", "127.0.0.1:0", "--json",
+                sys.executable, "-m", "chaos_tests.peer_entry", "peer", "run", *self._common(peer), "--json",
+                "--listen", f"127.0.0.1:{peer.port}", "--advertise", f"https://127.0.0.1:{peer.link.port}",
                 stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT,
+                env={**os.environ, "TRIMARAN_RIG_LIE": "0.05" if peer.lies else ""},
             )  # fmt: skip
-        for _ in range(600):
+        for _ in range(1200):
             text = peer.log.read_bytes()[before:]
             if b'"peer_id"' in text:
                 line = next(part for part in text.splitlines() if b'"peer_id"' in part)
                 peer.peer_id = json.loads(line)["peer_id"]
-                break
+                return True
             if not peer.alive:
-                raise RuntimeError(f"{peer.name} does not start: {text.decode(errors='replace')[-500:]}")
+                return False
             await asyncio.sleep(0.05)
-        peer.life = Life(peer_id=peer.peer_id, from_ns=self.recorder.now_ns(), to_ns=FOREVER_NS)
-        with contextlib.suppress(RuntimeError):
-            await self.cli(peer, "peer", "limits", "--up", self.rate)
+        return False
 
     def _common(self, peer: Peer) -> list[str]:
         return ["--home", str(peer.home), "--trackers", ",".join(self.urls.values()), "--ca", str(self.ca)]
@@ -110,81 +193,59 @@ class Swarm:
             stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, cwd=ROOT,
             env={**os.environ, "TRIMARAN_PASSWORD": PASSWORD},
         )  # fmt: skip
+        peer.commands.add(process)
+        told = f"{peer.name}: trimaran {' '.join(words)}"
         try:
             out, err = await asyncio.wait_for(process.communicate(), seconds)
         except TimeoutError:
-            process.kill()
-            await process.wait()
-            raise RuntimeError(
-                f"{peer.name}: trimaran {' '.join(words)}: no end within {seconds:.0f} s"
-            ) from None
+            raise CliError(f"{told}: no end within {seconds:.0f} s", -1) from None
+        finally:
+            peer.commands.discard(process)
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
         if process.returncode:
-            raise RuntimeError(
-                f"{peer.name}: trimaran {' '.join(words)}: exit {process.returncode}: {err.decode().strip()}"
-            )
+            raise CliError(f"{told}: exit {process.returncode}: {err.decode().strip()}", process.returncode)
         return out.decode()
 
-    # --- hurting ----------------------------------------------------------------------------------
-
     async def kill(self, peer: Peer) -> None:
-        self._silent(peer)
-        if peer.alive and peer.process is not None:
-            peer.process.kill()
+        """kill -9 the peer, and what commands are talking to it."""
+        peer.running.clear()
+        self.silent(peer)
+        for process in [peer.process, *peer.commands]:
+            if process is not None and process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+        if peer.process is not None:
             await peer.process.wait()
 
-    def _silent(self, peer: Peer) -> None:
+    def silent(self, peer: Peer) -> None:
+        """From now on it cannot announce."""
         if peer.life is not None:
             peer.life.to_ns = self.recorder.now_ns()
             self.recorder.add(peer.life)
             peer.life = None
 
-    async def hurt(self, stop_at_ns: int) -> None:
-        """Kill or pause a peer now and then. The seeders of every file stay at least two of which one
-        lives: only peers that are not sharing sources are killed."""
-        leechers = [
-            peer for peer in self.peers.values() if int(peer.name.partition("-")[2]) > len(self.files)
-        ]
-        while leechers and self.recorder.now_ns() < stop_at_ns:
-            await asyncio.sleep(self.random.uniform(3, 8))
-            peer = self.random.choice(leechers)
-            begin = self.recorder.now_ns()
-            if self.random.random() < 0.5:
-                await self.kill(peer)
-                kind = "peer killed"
-                await asyncio.sleep(self.random.uniform(0.5, 3))
-            else:
-                kind = "peer paused"
-                if peer.alive and peer.process is not None:
-                    peer.process.send_signal(signal.SIGSTOP)
-                    await asyncio.sleep(self.random.uniform(0.5, 4))
-                    peer.process.send_signal(signal.SIGCONT)
-            await self.start(peer)
-            self.recorder.add(
-                Fault(kind=kind, target=peer.name, begin_ns=begin, end_ns=self.recorder.now_ns(), bit=True)
-            )
-
     # --- downloading ------------------------------------------------------------------------------
 
     async def download(self, peer: Peer, name: str, seconds: float) -> Transfer:
         """`get` until it is whole, asking again after every interruption, as a person would."""
-        _, digest, size = self.files[name]
-        target = self.folder / f"{peer.name}-got"
-        target.mkdir(exist_ok=True)
+        shared = self.files[name]
         transfer = Transfer(
-            peer=peer.name, group=self.group, name=name, begin_ns=self.recorder.now_ns(), size_bytes=size,
-            wanted_sha256=digest, progress=[],
+            peer=peer.name, group=self.group, name=name, begin_ns=self.recorder.now_ns(),
+            size_bytes=shared.size_bytes, wanted_sha256=shared.sha256, progress=[],
         )  # fmt: skip
         follow = asyncio.create_task(self._follow(peer, name, transfer))
         until = asyncio.get_running_loop().time() + seconds
         try:
             while not transfer.got_sha256 and (left := until - asyncio.get_running_loop().time()) > 0:
                 try:
-                    await self.cli(peer, "get", f"{self.group}/{name}", "-o", str(target), seconds=left)
+                    await asyncio.wait_for(peer.running.wait(), left)
+                    await self.cli(peer, "get", f"{self.group}/{name}", "-o", str(peer.target), seconds=left)
                     transfer.exit_code = 0
-                    transfer.got_sha256 = await asyncio.to_thread(_sha256, target / name)
-                except RuntimeError as error:
-                    told = str(error)
-                    transfer.exit_code = int(told.split("exit ")[1].split(":")[0]) if "exit " in told else -1
+                    transfer.got_sha256 = await asyncio.to_thread(_sha256, peer.target / name)
+                except (CliError, TimeoutError) as error:
+                    transfer.exit_code = error.code if isinstance(error, CliError) else -1
                     await asyncio.sleep(0.5)
         finally:
             follow.cancel()
@@ -192,10 +253,36 @@ class Swarm:
             self.recorder.add(transfer)
         return transfer
 
+    async def rounds(self, size_bytes: int, until_ns: int) -> None:
+        """Download the files there are; then share a new one and download that, and so on until the time
+        is up, so that there are downloads under way all the time. Ends when what was begun has ended."""
+        number = len(self.files)
+        names = list(self.peers)
+        while True:
+            await asyncio.gather(
+                *(
+                    self.download(peer, name, 600)
+                    for name, shared in self.files.items()
+                    for peer in self.peers.values()
+                    if peer.name not in shared.seeders
+                )
+            )
+            if self.recorder.now_ns() > until_ns:
+                return
+            for name in list(self.files):
+                await self.forget(name)
+            honest = [name for name in names if not self.peers[name].lies]
+            seeders = [honest[number % len(honest)], *(n for n in names if self.peers[n].lies)][:2]
+            while not self.files and self.recorder.now_ns() < until_ns:
+                with contextlib.suppress(CliError):  # sharing anew needs the trackers
+                    await self.share_new(f"source-{number}.bin", size_bytes, seeders)
+            number += 1
+
     async def _follow(self, peer: Peer, name: str, transfer: Transfer) -> None:
         while True:
             await asyncio.sleep(2.0)
-            with contextlib.suppress(RuntimeError, ValueError, KeyError):
+            await peer.running.wait()
+            with contextlib.suppress(CliError, ValueError, KeyError):
                 rows = json.loads(await self.cli(peer, "ps", seconds=10))
                 row = next((row for row in rows if row["name"] == name), None)
                 if row:
@@ -205,34 +292,49 @@ class Swarm:
         """Read the swarms, linearizably, again and again."""
         known = {peer.peer_id for peer in self.peers.values()}
         while not stop.is_set():
-            for name in self.files:
+            for name, shared in list(self.files.items()):
                 call = self.recorder.now_ns()
                 reply = await api.call(
                     self.random.choice(nodes), "GET", f"/v1/groups/{self.group}/files/{name}/swarm", seconds=4,
                     query="consistency=linearizable",
                 )  # fmt: skip
-                if reply.end == "ok":
+                if reply.end == "ok" and call > shared.from_ns and name in self.files:
                     now = self.recorder.now_ns()
                     seen = {row["peer_id"] for row in reply.body["peers"]}
-                    shared = {self.peers[p].peer_id for p in self._seeders(name)}
-                    for peer_id in known & (shared | seen):
+                    wanted = {self.peers[p].peer_id for p in shared.seeders}
+                    for peer_id in known & (wanted | seen):
                         self.recorder.add(
                             Presence(at_ns=now, call_ns=call, peer_id=peer_id, seen=peer_id in seen)
                         )
             await asyncio.sleep(0.5)
 
-    def _seeders(self, name: str) -> list[str]:
-        number = int(name.partition("-")[2].partition(".")[0])
-        return [f"peer-{(number + k) % len(self.peers)}" for k in range(self.seeders_per_file)]
-
     async def tear_down(self) -> None:
         for peer in self.peers.values():
-            self._silent(peer)
+            self.silent(peer)
             if peer.alive and peer.process is not None:
                 with contextlib.suppress(ProcessLookupError):
                     peer.process.send_signal(signal.SIGCONT)
                     peer.process.kill()
                 await peer.process.wait()
+            for process in list(peer.commands):
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+            await peer.link.stop()
+
+    def unmount(self) -> None:
+        for folder in self._mounts:
+            subprocess.run(["umount", "-l", str(folder)], capture_output=True, check=False)
+
+
+def _random_file(path: Path, size_bytes: int) -> str:
+    """Fill a new file; returns its SHA-256."""
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for _ in range(size_bytes >> 20):
+            block = os.urandom(1 << 20)
+            digest.update(block)
+            file.write(block)
+    return digest.hexdigest()
 
 
 def _sha256(path: Path) -> str:

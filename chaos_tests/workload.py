@@ -11,29 +11,17 @@ from __future__ import annotations
 
 import asyncio
 import random
-import secrets
-import time
-import uuid
 from collections.abc import Callable
 from typing import Any
 
 import orjson
 
 from chaos_tests.checkers.linearizability import ABSENT
-from chaos_tests.client import OBSERVATIONS, Api, Reply
+from chaos_tests.client import OBSERVATIONS, Api, Reply, request_id
 from chaos_tests.history import Operation, Recorder, Watched
 
-OPERATION_SECONDS = 4.0
+OPERATION_SECONDS = 6.0  # longer than a node's own deadline (5 s), so that its answer is what is seen
 PASSWORD = "correct horse battery staple"
-
-
-def request_id() -> str:
-    """A UUIDv7 (RFC 9562, 5.7)."""
-    stamp = time.time_ns() // 1_000_000
-    value = (
-        (stamp & (1 << 48) - 1) << 80 | 7 << 76 | secrets.randbits(12) << 64 | 2 << 62 | secrets.randbits(62)
-    )
-    return str(uuid.UUID(int=value))
 
 
 class World:
@@ -46,25 +34,27 @@ class World:
         self.groups: list[str] = []
         self.cast: dict[str, list[str]] = {}  # group -> users; the first is its owner, the second an admin
         self.stopping = asyncio.Event()
+        self.hang_up = asyncio.Event()  # for the watchers, who stay until the last write is told
 
     async def set_up(self, groups: int, users_per_group: int) -> None:
         """Register, sign in, create. Before any fault; raises when the cluster does not answer."""
-        for number in range(groups):
-            group = f"group-{number}"
-            users = [f"user-{number}-{k}" for k in range(users_per_group)]
-            for user in users:
-                await self._sign_up(user)
-            await self._must(users[0], "POST", "/v1/groups", {"name": group})
-            self.groups.append(group)
-            self.cast[group] = users
+        self.groups = [f"group-{number}" for number in range(groups)]
+        self.cast = {
+            group: [f"user-{number}-{k}" for k in range(users_per_group)]
+            for number, group in enumerate(self.groups)
+        }
         observer = "observer"
-        await self._sign_up(observer)
-        for group in self.groups:
-            admin = self.cast[group][1]
-            for user in (observer, admin):
-                await self._must(user, "POST", f"/v1/groups/{group}/join-requests", None)
-                await self._change(group, user, "accept")
-            await self._change(group, admin, "promote")
+        people = [observer, *(user for users in self.cast.values() for user in users)]
+        await asyncio.gather(*(self._sign_up(user) for user in people))
+        await asyncio.gather(*(self._found(group, observer) for group in self.groups))
+
+    async def _found(self, group: str, observer: str) -> None:
+        owner, admin = self.cast[group][:2]
+        await self._must(owner, "POST", "/v1/groups", {"name": group})
+        for user in (observer, admin):
+            await self._must(user, "POST", f"/v1/groups/{group}/join-requests", None)
+            await self._change(group, user, "accept")
+        await self._change(group, admin, "promote")
 
     async def _change(self, group: str, user: str, change: str) -> None:
         owner = self.cast[group][0]
@@ -256,7 +246,7 @@ class World:
         prefix = f"/groups/{group}"
         since, relisted = 0, False
         node = self.nodes[number % len(self.nodes)]
-        while not self.stopping.is_set():
+        while not self.hang_up.is_set():
             try:
                 async with self.apis["observer"].stream(node, prefix, since) as response:
                     if response.status == 410:
@@ -276,7 +266,7 @@ class World:
                                     )
                                 )  # fmt: skip
                                 relisted = False
-                            if self.stopping.is_set():
+                            if self.hang_up.is_set():
                                 return
             except (OSError, TimeoutError, asyncio.IncompleteReadError, ValueError) as error:
                 del error  # a stream that breaks is what happens here; the next node goes on

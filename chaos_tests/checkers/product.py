@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from pathlib import Path
 
 from chaos_tests.checkers.verdict import Verdict, held, violated
 from chaos_tests.history import History, Life, Operation, Presence, Transfer
@@ -106,6 +107,19 @@ def check_deadlines(operations: list[Operation]) -> Verdict:
                 operation.call_ns, [operation.id],
             )  # fmt: skip
     return held(name, len(operations))
+
+
+def check_logs(folder: Path) -> Verdict:
+    """No process ever printed a traceback."""
+    name = "no tracebacks"
+    logs = sorted(folder.rglob("*.log"))
+    for log in logs:
+        if log.name.startswith("journal-"):
+            continue
+        text = log.read_text(errors="replace")
+        if (place := text.find("Traceback (most recent call last)")) >= 0:
+            return violated(name, len(logs), f"{log.name}: {text[place : place + 3000].strip()}")
+    return held(name, len(logs))
 
 
 def check_honesty(history: History, operations_per_second_min: float, kinds: set[str]) -> Verdict:
