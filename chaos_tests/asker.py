@@ -15,10 +15,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from chaos_tests.people import PASSWORD
 from cluster.api import certificates
 from cluster.api.client import TrackerClient
 
-PASSWORD = "correct horse battery staple"
 READ_BYTES = 32 * 1024
 AGAIN_SECONDS = 0.02
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
+import os
 import random
 import shutil
 import statistics
@@ -30,10 +30,10 @@ from typing import Any
 import orjson
 from msgspec import Struct, to_builtins
 
-from chaos_tests.asker import PASSWORD, Asker, Member
+from chaos_tests.asker import Asker, Member
 from chaos_tests.history import Recorder
+from chaos_tests.people import PASSWORD, Person
 from chaos_tests.rig import Rig
-from chaos_tests.swarm import Swarm
 from cluster.api.client import TrackerClient
 from cluster.api.errors import TrackerError
 
@@ -44,6 +44,7 @@ DELIVERY_MS = 250  # bytes that left in time may be read so much later
 UPLOAD = "6M"
 FILE_BYTES = 48 << 20
 FAULTS = ("killed", "paused", "cut off")
+GROUP, SOURCE = "boats", "hull.bin"
 OTHERS = ("leave", "remove file", "delete group")
 
 
@@ -80,14 +81,11 @@ class ProxiedRig(Rig):
 class Place:
     """What a run has: the rig, a seeder, its owner's client, and members made as they are needed."""
 
-    def __init__(self, rig: ProxiedRig, swarm: Swarm, chance: random.Random) -> None:
-        self.rig, self.swarm, self.chance = rig, swarm, chance
-        self.seeder = swarm.peers["peer-0"]
+    def __init__(self, rig: ProxiedRig, seeder: Person, source: Path, chance: random.Random) -> None:
+        self.rig, self.seeder, self.source, self.chance = rig, seeder, source, chance
         self.ca = rig.folder / "ca.pem"
-        line = next(part for part in self.seeder.log.read_text().splitlines() if '"listen"' in part)
-        host, _, port = str(json.loads(line)["listen"]).rpartition(":")
+        host, _, port = seeder.address.rpartition(":")
         self.host, self.port = host, int(port)
-        self.source, _, _ = next(iter(swarm.files.values()))
         self._count = 0
         self._clients: list[TrackerClient] = []
         self._members: list[Member] = []
@@ -104,13 +102,11 @@ class Place:
         """The owner's client, past the proxies, that does not ask the nodes named."""
         client = TrackerClient(self.rig.direct(*without), ca=self.ca)
         self._clients.append(client)
-        return client.as_session((await client.login("swarm-0", PASSWORD)).session)
+        return client.as_session((await client.login(self.seeder.name, PASSWORD)).session)
 
     async def share(self, group: str) -> tuple[str, int]:
         """Share the source to the group; (manifest id, pieces)."""
-        told = await self.swarm.cli(self.seeder, "share", str(self.source), "--group", group, seconds=120)
-        report = orjson.loads(told)
-        return str(report["manifest_id"]), int(report["pieces"])
+        return await self.seeder.share(self.source, group)
 
     async def followed(self, seconds: float = 20.0) -> str:
         """Which tracker the seeder listens to: the one whose heartbeats pass the proxies."""
@@ -168,19 +164,24 @@ async def place(
     out.mkdir(parents=True, exist_ok=True)
     recorder = Recorder(out / "history.jsonl", seed)
     rig = ProxiedRig(Path(tempfile.mkdtemp(prefix="trimaran-revocation-")), recorder, 3, seed)
-    swarm: Swarm | None = None
+    seeder: Person | None = None
     made: Place | None = None
     try:
         await rig.set_up()
-        swarm = Swarm(rig.folder / "peers", recorder, rig.urls, rig.folder / "ca.pem", seed, upload)
-        await swarm.set_up(1, 1, file_bytes, seeders_per_file=1)
-        made = Place(rig, swarm, random.Random(seed))
+        seeder = Person("ada", rig.folder / "peers", list(rig.urls.values()), rig.folder / "ca.pem")
+        await seeder.found(GROUP)
+        await seeder.start(up=upload)
+        source = rig.folder / SOURCE
+        with source.open("wb") as file:
+            for _ in range(file_bytes >> 20):
+                file.write(os.urandom(1 << 20))
+        made = Place(rig, seeder, source, random.Random(seed))
         yield made
     finally:
         if made:
             await made.close()
-        if swarm:
-            await swarm.tear_down()
+        if seeder:
+            await seeder.kill()
         await rig.tear_down()
         recorder.close()
         rig.keep_logs(out)
@@ -193,7 +194,7 @@ Withdraw = Callable[[TrackerClient, Member], Awaitable[object]]
 
 async def trial(at: Place, number: int, way: str, fault: str) -> Trial:
     """One withdrawal, measured."""
-    group, name = "swarm", "source-0.bin"
+    group, name = GROUP, SOURCE
     if way == "delete group":
         group = f"group-{number}"
         await (await at.owner()).create_group(group)
@@ -282,14 +283,14 @@ async def blackout(token_seconds: float, seed: int, out: Path) -> dict[str, Any]
     environment = {"TRIMARAN_SERVICE_TOKEN_SECONDS": str(token_seconds)}
     with _environment(environment):
         async with place(seed, out) as at:
-            manifest_id, pieces = await at.share("swarm")
-            member = await at.member("swarm")
+            manifest_id, pieces = await at.share(GROUP)
+            member = await at.member(GROUP)
             asker = Asker(member, at.host, at.port, manifest_id, pieces)
             try:
                 until = time.monotonic() + 10
                 while asker.bytes < 1 << 20 and time.monotonic() < until:
                     await asyncio.sleep(0.01)
-                await member.renew("swarm")
+                await member.renew(GROUP)
                 for node_id in at.rig.node_ids:
                     await at.rig.kill(node_id)
                 begun, dark = time.time_ns() // 1_000_000, asker.bytes
@@ -308,8 +309,6 @@ async def blackout(token_seconds: float, seed: int, out: Path) -> dict[str, Any]
 @contextlib.contextmanager
 def _environment(values: dict[str, str]) -> Any:
     """Settings of trackers, as their processes inherit them."""
-    import os
-
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
