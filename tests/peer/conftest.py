@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import ssl
 import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
+import aiohttp
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "cluster"))
@@ -90,6 +94,42 @@ async def get(
     return await session.get(
         "boats", name, folder, down_bytes_per_second=down, checksum=False, on_progress=on_progress
     )
+
+
+class Insistent:
+    """Somebody who goes on asking with the token he has, whatever he is told. `last` is when he last got a byte."""
+
+    def __init__(
+        self, seeder: str, manifest_id: str, pieces: int, token: str, tls: ssl.SSLContext | None
+    ) -> None:
+        self._url = f"{'http' if tls is None else 'https'}://{seeder}/v1/swarms/{manifest_id}/pieces"
+        self._headers = {"Authorization": f"Bearer {token}"}
+        self._pieces = pieces
+        self._tls: ssl.SSLContext | bool = True if tls is None else tls
+        self.last = 0.0
+        self.bytes = 0
+        self.refusals: list[int] = []
+        self._task = asyncio.create_task(self._ask())
+
+    async def _ask(self) -> None:
+        async with aiohttp.ClientSession() as http:
+            for index in itertools.cycle(range(self._pieces)):
+                try:
+                    async with http.get(
+                        f"{self._url}/{index}", headers=self._headers, ssl=self._tls
+                    ) as answer:
+                        if answer.status != 200:
+                            self.refusals.append(answer.status)
+                            await asyncio.sleep(0.02)
+                            continue
+                        async for chunk in answer.content.iter_any():
+                            self.bytes += len(chunk)
+                            self.last = time.monotonic()
+                except (aiohttp.ClientError, ConnectionError):
+                    await asyncio.sleep(0.02)
+
+    def stop(self) -> None:
+        self._task.cancel()
 
 
 async def until(condition: Callable[[], object], seconds: float = 10.0) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import aiohttp
 import msgspec
 import pytest
-from conftest import Peers, get, share
+from conftest import Insistent, Peers, get, share, until
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from cluster.api.tokens import Claims, sign_token
@@ -119,20 +119,16 @@ async def test_a_kicked_member_is_cut_off_in_the_middle(peers: Peers, tmp_path: 
     async with asyncio.timeout(10):
         while not (rows := await ben.ps()) or not rows[0].done_bytes:
             await asyncio.sleep(0.01)
+    (row,) = await ada.ps()
+    asker = Insistent(ada.listen_address, row.manifest_id, 12, token_of(ben), None)
+    await until(lambda: asker.bytes > 1 << 20)
     reply = await peers.trackers.call("DELETE", "/v1/groups/boats/members/ben", session=peers.owner)
     assert reply.status == 200
     acknowledged = time.monotonic()
-    engine = ada._engine
-    assert engine is not None
-    last, sent = acknowledged, -1
-    while time.monotonic() - acknowledged < 2.0:
-        now_sent = sum(swarm.uploaded_bytes for swarm in engine.swarms) + sum(
-            each.sent_bytes for each in engine.server._sendings
-        )
-        if now_sent != sent:
-            last, sent = time.monotonic(), now_sent
-        await asyncio.sleep(0.01)
-    assert last - acknowledged < 1.0, "a byte was served a second after the removal was acknowledged"
+    await asyncio.sleep(2.0)
+    asker.stop()
+    assert asker.last - acknowledged < 1.0, "a byte was served a second after the removal was acknowledged"
+    assert asker.refusals[-1] == 403
     with pytest.raises(TrimaranError) as refused:
         await getting
     assert refused.value.exit_code in (Exit.DENIED, Exit.UNFINISHED)

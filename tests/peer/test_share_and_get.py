@@ -238,5 +238,3 @@ async def test_unshare_stops_this_peer(peers: Peers, tmp_path: Path) -> None:
     with pytest.raises(TrimaranError) as refused:
         await ada.unshare("boats", "hull.bin")
     assert refused.value.exit_code is Exit.NOT_FOUND
-
-
