@@ -12,12 +12,15 @@ plus one round of the timer.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Final
 
 from state_machine.commands import ExpirePeers, RenewPeers
 
 PEERS_PER_COMMAND_MAX: Final = 8_192
+EXPIRED_PER_COMMAND_MAX: Final = 512  # each leaves its swarms, which is more work than a renewal
+SLICE_SECONDS: Final = 0.002  # of going through all peers at a time
 ROUNDS_PER_LEASE: Final = 10
 
 
@@ -48,22 +51,30 @@ class Renewals:
 
 
 class LeaseTimer:
-    """Times counters. Pure: the clock's reading is given."""
+    """Times counters. Pure: the clock's reading is given. Counters come in parts, a peer always in the same
+    one, so that a million of them need not be gone through at once."""
 
     def __init__(self, lease_seconds: float) -> None:
         self._lease_seconds = lease_seconds
-        self._seen: dict[str, tuple[int, float]] = {}
+        self.elections = 0
+        # Of each part: the election it was seen after, and (counter, when first seen) by peer.
+        self._seen: dict[int, tuple[int, dict[str, tuple[int, float]]]] = {}
 
     def __len__(self) -> int:
-        return len(self._seen)
+        return sum(len(seen) for election, seen in self._seen.values() if election == self.elections)
 
     def forget(self) -> None:
         """At an election: every counter is timed from zero."""
-        self._seen.clear()
+        self.elections += 1
 
-    def observe(self, counters: Iterable[tuple[str, int]], now: float) -> list[tuple[str, int]]:
-        """Take in the counters of all living peers; return those that stood still for a lease."""
-        before, after = self._seen, {}
+    def observe(
+        self, counters: Iterable[tuple[str, int]], now: float, part: int = 0
+    ) -> list[tuple[str, int]]:
+        """Take in the counters of all living peers of a part; return those that stood still for a lease."""
+        election, before = self._seen.get(part, (0, {}))
+        if election != self.elections:
+            before = {}
+        after: dict[str, tuple[int, float]] = {}
         silent: list[tuple[str, int]] = []
         latest = now - self._lease_seconds
         for peer_id, counter in counters:
@@ -74,7 +85,7 @@ class LeaseTimer:
                 after[peer_id] = known
                 if known[1] <= latest:
                     silent.append((peer_id, counter))
-        self._seen = after
+        self._seen[part] = (self.elections, after)
         return silent
 
 
@@ -85,10 +96,20 @@ class Expiry:
         self.timer = timer
         self._propose = propose
 
-    async def round(self, counters: Iterable[tuple[str, int]], now: float) -> int:
+    async def round(self, parts: Iterable[Iterable[tuple[str, int]]], now: float) -> int:
         """How many were proposed for expiry. One that was not agreed on is proposed again next round."""
-        silent = self.timer.observe(counters, now)
-        for start in range(0, len(silent), PEERS_PER_COMMAND_MAX):
-            if not await self._propose(ExpirePeers(tuple(silent[start : start + PEERS_PER_COMMAND_MAX]))):
+        loop = asyncio.get_running_loop()
+        election = self.timer.elections
+        silent: list[tuple[str, int]] = []
+        until = loop.time() + SLICE_SECONDS
+        for number, counters in enumerate(parts):
+            silent += self.timer.observe(counters, now, number)
+            if loop.time() >= until:
+                await asyncio.sleep(0)
+                until = loop.time() + SLICE_SECONDS
+                if self.timer.elections != election:
+                    return 0  # all are timed anew
+        for start in range(0, len(silent), EXPIRED_PER_COMMAND_MAX):
+            if not await self._propose(ExpirePeers(tuple(silent[start : start + EXPIRED_PER_COMMAND_MAX]))):
                 break
         return len(silent)

@@ -163,7 +163,7 @@ class Service:
 
     async def _expiry_round(self) -> None:
         if self.consensus.is_leader():
-            await self._expiry.round(queries.all_peer_counters(self.machine.state), self.monotonic())
+            await self._expiry.round(queries.peer_counter_parts(self.machine.state), self.monotonic())
 
     async def _prune_round(self) -> None:
         if self.consensus.is_leader():

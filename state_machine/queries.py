@@ -6,7 +6,7 @@ it is asked first, with `membership`; whether the state is recent enough is the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import msgspec
@@ -281,6 +281,11 @@ def peer(state: State, peer_id: str) -> PeerInfo | None:
 def all_peer_counters(state: State) -> Iterator[tuple[str, int]]:
     """Every living peer with its renewal counter. Use it up at once: the state must not change."""
     return state.leases.items()
+
+
+def peer_counter_parts(state: State) -> Iterator[Iterable[tuple[str, int]]]:
+    """The same in parts: the state may change between two of them, not while one is used."""
+    return state.leases.parts()
 
 
 def announcement_effect(state: State, announcement: Announcement) -> tuple[AnnounceValue, bool]:

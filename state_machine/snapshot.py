@@ -143,6 +143,7 @@ class Loader:
         self._state = State()
         self._buffer = bytearray()
         self._begun = False
+        self._headed = False  # the scalars have come, which are first
         self._ended = False
         self._count = 0
         self._texts: dict[str, str] = {}  # one copy of each name that comes many times
@@ -201,7 +202,10 @@ class Loader:
 
     def _take(self, section: str, body: Any) -> None:
         state = self._state
+        if not self._headed and section != "state":
+            raise ValueError(f"section {section!r} comes before the state's beginning")
         if section == "state":
+            self._headed = True
             state.revision = body.revision
             state.registration = body.registration
             state.requests.floor_ms = body.requests_floor_ms

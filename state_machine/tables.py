@@ -11,7 +11,7 @@ process, whatever its hash seed. Within a shard it is the order of insertion, wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Final, Generic, TypeVar
 from zlib import crc32
 
@@ -62,6 +62,13 @@ class Table(Generic[V]):
         """All rows, in the same order in every process. The table must not change meanwhile."""
         for shard in self._shards:
             yield from shard.items()
+
+    def parts(self) -> Iterator[Iterable[tuple[str, V]]]:
+        """All rows, a part at a time. The table may change between two parts, not while one is used; a row
+        is always in the same part."""
+        for number in range(len(self._shards)):
+            if number < len(self._shards):  # else the table was replaced, and is being taken apart
+                yield self._shards[number].items()
 
     def freeze(self) -> tuple[dict[str, V], ...]:
         """The shards as they are now; nobody writes them any more."""

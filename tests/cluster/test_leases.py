@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trackers import Trackers, file_body, manifest_id, running, until
 
-from cluster.leases import Expiry, LeaseTimer, Renewals
+from cluster.leases import SLICE_SECONDS, Expiry, LeaseTimer, Renewals
 from state_machine import queries
 from state_machine.commands import ExpirePeers, RenewPeers
 
@@ -60,7 +62,9 @@ def test_nobody_expires_before_a_lease_and_everybody_after_one(
         if elected:
             timer.forget()
             first_seen.clear()
-        silent = dict(timer.observe(counters.items(), now))
+        silent = {}
+        for part in ("a", "bc"):
+            silent.update(timer.observe([(peer, counters[peer]) for peer in part], now, ord(part[0])))
         for peer, counter in counters.items():
             since = first_seen.setdefault(peer, now)
             assert (peer in silent) == (now - since >= LEASE)
@@ -96,9 +100,52 @@ async def test_expiry_names_the_counter_it_saw() -> None:
         return True
 
     expiry = Expiry(LeaseTimer(LEASE), propose)
-    await expiry.round([("a", 7)], 0.0)
-    assert await expiry.round([("a", 7)], LEASE) == 1
+    await expiry.round([[("a", 7)]], 0.0)
+    assert await expiry.round([[("a", 7)]], LEASE) == 1
     assert sent == [ExpirePeers((("a", 7),))]
+
+
+def _slow_parts(parts: int) -> Iterator[list[tuple[str, int]]]:
+    for number in range(parts):
+        until = time.monotonic() + 2 * SLICE_SECONDS
+        while time.monotonic() < until:
+            pass
+        yield [(f"peer {number}", 1)]
+
+
+async def test_a_round_over_many_peers_lets_others_work_meanwhile() -> None:
+    expired: list[ExpirePeers] = []
+
+    async def propose(command: ExpirePeers) -> bool:
+        expired.append(command)
+        return True
+
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    expiry = Expiry(LeaseTimer(LEASE), propose)
+    await expiry.round(_slow_parts(20), 0.0)
+    other = asyncio.create_task(others())
+    assert await expiry.round(_slow_parts(20), LEASE) == 20
+    other.cancel()
+    assert turns >= 20
+    assert [len(command.peers) for command in expired] == [20]
+
+
+async def test_an_election_in_the_middle_of_a_round_forgets_nobody() -> None:
+    async def propose(command: ExpirePeers) -> bool:
+        raise AssertionError(f"expired under another leader: {command}")
+
+    expiry = Expiry(LeaseTimer(LEASE), propose)
+    await expiry.round(_slow_parts(4), 0.0)
+    asyncio.get_running_loop().call_soon(expiry.timer.forget)
+    assert await expiry.round(_slow_parts(4), LEASE) == 0
+    assert await expiry.round(_slow_parts(4), LEASE + 1) == 0
 
 
 QUICK = {"lease_seconds": 0.4, "announce_seconds": 0.1, "renew_seconds": 0.05}
