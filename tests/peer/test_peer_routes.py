@@ -1,0 +1,291 @@
+"""Walks the routes of the peer server over mutual TLS: who is refused where, and what a refusal gives away.
+
+A route that is not in `REQUESTS` fails the walk. Everyone without a right is refused before anything is looked up:
+what they are told of a manifest that is here is, to the byte, what they are told of one that is nowhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import ssl
+import time
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import pytest
+from aiohttp import web
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from cluster.api import certificates
+from cluster.api.tokens import Claims, SessionClaims, VerifyingKey, sign_session, sign_token
+from cluster.tls import ClusterAuthority, PeerAuthority
+from peer.access import Access
+from peer.bitmap import full_mask
+from peer.content import Content, OpenFiles
+from peer.hashing import Hashing, scan
+from peer.pacer import Pacer
+from peer.server import NextBody, PieceServer
+from peer.swarm import Swarm, Swarms
+
+NOWHERE = "0" * 64
+EPOCH = 100
+
+
+def now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+@dataclass(frozen=True)
+class Asked:
+    method: str
+    path: str
+    body: bytes = b""
+    headers: str = ""
+
+
+def requests(manifest_id: str) -> dict[str, Asked]:
+    """A request that a member may make, for each route by its canonical path."""
+    swarm = f"/v1/swarms/{manifest_id}"
+    upgrade = (
+        "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+    )
+    return {
+        "/v1/swarms/{manifest_id}/manifest": Asked("GET", f"{swarm}/manifest"),
+        "/v1/swarms/{manifest_id}/pieces/{index}": Asked("GET", f"{swarm}/pieces/0"),
+        "/v1/swarms/{manifest_id}/next": Asked(
+            "POST", f"{swarm}/next", msgspec.msgpack.encode(NextBody(b"\xe0"))
+        ),
+        "/v1/swarms/{manifest_id}/link": Asked("GET", f"{swarm}/link", headers=upgrade),
+        "/{anything}": Asked("GET", f"{swarm}/anything"),
+    }
+
+
+class Party:
+    """Somebody with a key, and perhaps a certificate for it."""
+
+    def __init__(self, name: str, folder: Path, ca: Path, peers: PeerAuthority | None) -> None:
+        self.key_file, self.certificate_file = folder / f"{name}.key", folder / f"{name}.pem"
+        key = certificates.load_or_make_key(self.key_file)
+        self.peer_id = certificates.peer_id_of_key(key.public_key())
+        self.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        self.tls.check_hostname = False
+        certificates.trust(self.tls, ca)
+        if peers is not None:
+            issued = peers.certify(certificates.peer_request(key), self.peer_id)
+            certificates.write_durably(self.certificate_file, issued.pem.encode())
+            certificates.load_chain(self.tls, self.certificate_file, self.key_file)
+
+
+@dataclass
+class Here:
+    server: PieceServer
+    access: Access
+    port: int
+    manifest_id: str
+    first_piece: bytes
+    parties: dict[str, Party]
+    keys: dict[str, Ed25519PrivateKey]
+    linked: list[str]
+
+    def token(self, name: str, *, key: str = "n1-now", group: str = "boats", **changes: int) -> str:
+        claims = Claims(
+            user=name, peer_id=self.parties[name].peer_id, group=group, epoch=changes.get("epoch", EPOCH),
+            issued_at_ms=changes.get("issued_at_ms", now_ms() - 60_000),
+            expires_at_ms=changes.get("expires_at_ms", now_ms() + 600_000),
+        )  # fmt: skip
+        return sign_token(claims, self.keys[key], key.removesuffix(" forged"))
+
+    async def ask(self, asked: Asked, tls: ssl.SSLContext, token: str | None) -> tuple[int, str, bytes]:
+        """(status, the head without its date, the body). Raises OSError when TLS lets nobody in."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port, ssl=tls)
+        try:
+            authorization = "" if token is None else f"Authorization: Bearer {token}\r\n"
+            connection = "" if asked.headers else "Connection: close\r\n"
+            writer.write(
+                f"{asked.method} {asked.path} HTTP/1.1\r\nHost: peer\r\n{authorization}{asked.headers}{connection}"
+                f"Content-Length: {len(asked.body)}\r\n\r\n".encode()
+                + asked.body
+            )
+            head = (await reader.readuntil(b"\r\n\r\n")).decode()
+            lines = [line for line in head.split("\r\n") if line and not line.startswith("Date:")]
+            length = next((int(line[15:]) for line in lines if line.lower().startswith("content-length:")), 0)
+            body = await reader.readexactly(length)
+            return int(lines[0].split()[1]), "\n".join(lines), body
+        finally:
+            writer.transport.abort()
+
+
+@pytest.fixture
+async def here(tmp_path: Path) -> AsyncIterator[Here]:
+    """ada's peer shares a file with boats. ben is a member; carl was kicked; dora is in ships alone."""
+    root, other_root = ClusterAuthority.make("ours"), ClusterAuthority.make("theirs")
+    ca = tmp_path / "ca.pem"
+    ca.write_text(root.pem)
+
+    def peer_authority(authority: ClusterAuthority) -> PeerAuthority:
+        key = certificates.new_key()
+        pem = authority.issue_peer_authority(certificates.make_request(key, "n1"), "n1")
+        return PeerAuthority(certificates.parse_certificate(pem), key)
+
+    peers = peer_authority(root)
+    parties = {name: Party(name, tmp_path, ca, peers) for name in ("ada", "ben", "carl", "dora")}
+    parties["nobody"] = Party("nobody", tmp_path, ca, None)
+    parties["stranger"] = Party("stranger", tmp_path, ca, peer_authority(other_root))
+    source = tmp_path / "hull.bin"
+    source.write_bytes(os.urandom(3 << 18))
+    found = scan(source, "sha256")
+    executor = ThreadPoolExecutor(2)
+    manifest = await Hashing(found, 1).run(executor)
+    (tmp_path / manifest.id).write_bytes(manifest.encode())
+    access, swarms, files, linked = Access(), Swarms(), OpenFiles(), list[str]()
+    keys = {
+        name: Ed25519PrivateKey.generate() for name in ("n1-now", "n1-old", "n9-unknown", "n1-now forged")
+    }
+    access.set_keys(
+        [
+            VerifyingKey("n1-now", keys["n1-now"].public_key()),
+            VerifyingKey("n1-old", keys["n1-old"].public_key(), now_ms() - 1),
+        ]
+    )
+    swarm = Swarm(
+        parties["ada"].peer_id,
+        manifest,
+        Content(source, manifest.layout, found.prints),
+        full_mask(manifest.pieces),
+    )
+    swarm.offers["boats"] = {"hull.bin"}
+    swarms.add(swarm)
+
+    async def link(request: web.Request, swarm: Swarm, claims: Claims) -> web.StreamResponse:
+        linked.append(claims.user)
+        return web.Response(text="linked")
+
+    server = PieceServer(
+        peer_id=parties["ada"].peer_id, swarms=swarms, access=access, files=files, executor=executor,
+        manifest_file=lambda manifest_id: tmp_path / manifest_id, withdraw=lambda swarm, reason: None, link=link,
+        up=Pacer(),
+    )  # fmt: skip
+    ada = parties["ada"]
+    tls = certificates.peer_server_context(ca, ada.certificate_file, ada.key_file)
+    _, port = await server.start("127.0.0.1", 0, tls)
+    piece = source.read_bytes()[: manifest.layout.piece_length(0)]
+    try:
+        yield Here(server, access, port, manifest.id, piece, parties, keys, linked)
+    finally:
+        await server.stop()
+        files.close()
+        executor.shutdown()
+
+
+def test_every_route_is_walked(here: Here) -> None:
+    runner = here.server._runner
+    assert runner is not None
+    served = {resource.canonical for resource in runner.app.router.resources()}
+    assert served == set(requests(NOWHERE)) | {"/v1/hello"}, "a route that this walk does not know"
+
+
+async def test_a_member_is_served(here: Here) -> None:
+    """Else the walk below would prove nothing."""
+    tls, token = here.parties["ben"].tls, here.token("ben")
+    seen = {path: await here.ask(asked, tls, token) for path, asked in requests(here.manifest_id).items()}
+    assert {path: status for path, (status, _, _) in seen.items()} == {
+        "/v1/swarms/{manifest_id}/manifest": 200,
+        "/v1/swarms/{manifest_id}/pieces/{index}": 200,
+        "/v1/swarms/{manifest_id}/next": 200,
+        "/v1/swarms/{manifest_id}/link": 200,
+        "/{anything}": 404,
+    }
+    assert seen["/v1/swarms/{manifest_id}/pieces/{index}"][2] == here.first_piece
+    assert here.linked == ["ben"]
+
+
+async def test_nobody_without_a_right_learns_anything(here: Here) -> None:
+    parties = here.parties
+    here.access.revocations.add("boats", EPOCH + 1, user="carl")
+    later, past = now_ms() + 600_000, now_ms() - 1000
+    session = sign_session(
+        SessionClaims(user="ben", session_id="s", epoch=1, issued_at_ms=now_ms(), expires_at_ms=later),
+        here.keys["n1-now"], "n1-now",
+    )  # fmt: skip
+    good = here.token("ben")
+    head, body, signature = good.split(".")
+    # who asks, what they show, the answers they may get
+    cases: dict[str, tuple[str, str | None, set[int]]] = {
+        "a member of no group": ("dora", None, {401}),
+        "a member of another group": ("dora", here.token("dora", group="ships"), {404}),
+        "a kicked member": ("carl", here.token("carl"), {403}),
+        "a stolen token": ("dora", good, {403}),
+        "a kicked member with another's token": ("carl", good, {403}),
+        "an expired token": ("ben", here.token("ben", expires_at_ms=past), {401}),
+        "a token from the future": (
+            "ben", here.token("ben", issued_at_ms=later, expires_at_ms=later + 60_000), {401},
+        ),
+        "a forged token": ("ben", here.token("ben", key="n1-now forged"), {401}),
+        "a token from an unknown key": ("ben", here.token("ben", key="n9-unknown"), {401}),
+        "a token from a retired key": ("ben", here.token("ben", key="n1-old"), {401}),
+        "a changed token": ("ben", f"{head}.{body[:-2]}xx.{signature}", {401}),
+        "an unsigned token": ("ben", f"eyJhbGciOiJub25lIn0.{body}.", {401}),
+        "a session in a token's place": ("ben", session, {401}),
+        "noise": ("ben", "x" * 3000, {401}),
+    }  # fmt: skip
+    theirs, nowhere = requests(here.manifest_id), requests(NOWHERE)
+    for what, (who, token, expected) in cases.items():
+        for path, asked in theirs.items():
+            status, told, said = await here.ask(asked, parties[who].tls, token)
+            assert status in expected, (what, path, status, said)
+            assert here.first_piece[:64] not in said
+            assert here.manifest_id.encode() not in said
+            assert (status, told, said) == await here.ask(nowhere[path], parties[who].tls, token), (
+                what,
+                path,
+            )
+    assert not here.linked
+    assert not here.server.sendings
+
+
+@pytest.mark.parametrize("who", ["nobody", "stranger"])
+async def test_without_a_certificate_of_this_cluster_nothing_is_said(here: Here, who: str) -> None:
+    """No certificate, or another cluster's: not even the peer's name is told."""
+    for asked in [*requests(here.manifest_id).values(), Asked("GET", "/v1/hello")]:
+        with pytest.raises((OSError, asyncio.IncompleteReadError)):
+            await here.ask(asked, here.parties[who].tls, here.token("ben"))
+
+
+async def test_a_right_ends_in_the_middle_of_a_connection(here: Here) -> None:
+    """Kept connections, and tokens that were checked before, are no way around a withdrawal."""
+    tls, token = here.parties["ben"].tls, here.token("ben")
+    asked = requests(here.manifest_id)["/v1/swarms/{manifest_id}/pieces/{index}"]
+    assert (await here.ask(asked, tls, token))[0] == 200
+    here.access.revocations.add("boats", EPOCH + 1, user="ben")
+    assert (await here.ask(asked, tls, token))[0] == 403
+    again = here.token("ben", epoch=EPOCH + 2)
+    assert (await here.ask(asked, tls, again))[0] == 200
+    # Its key is retired: what it signed counts no more, though it was seen before.
+    here.access.set_keys([VerifyingKey("n1-old", here.keys["n1-old"].public_key())])
+    assert (await here.ask(asked, tls, again))[0] == 401
+
+
+async def test_not_a_byte_is_sent_after_a_token_ends(here: Here) -> None:
+    """A transfer that runs when its token ends is cut then, not at the next look."""
+    here.server._up.set_rate(64 * 1024, asyncio.get_running_loop().time())
+    ends = (now_ms() // 1000 + 2) * 1000
+    token = here.token("ben", expires_at_ms=ends)
+    path = requests(here.manifest_id)["/v1/swarms/{manifest_id}/pieces/{index}"].path
+    reader, writer = await asyncio.open_connection("127.0.0.1", here.port, ssl=here.parties["ben"].tls)
+    got = last = 0
+    try:
+        writer.write(f"GET {path} HTTP/1.1\r\nHost: peer\r\nAuthorization: Bearer {token}\r\n\r\n".encode())
+        async with asyncio.timeout(20):
+            while data := await reader.read(16 * 1024):
+                got, last = got + len(data), now_ms()
+    except ConnectionError:
+        pass
+    finally:
+        writer.transport.abort()
+    assert 0 < got < len(here.first_piece)
+    assert last < ends + 250
