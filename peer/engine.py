@@ -48,7 +48,7 @@ from .trouble import not_signed_in
 
 log = logging.getLogger("trimaran.peer")
 
-WATCHDOG_SECONDS: Final = 0.01
+WATCHDOG_SECONDS: Final = 0.02
 FIND_SECONDS_MIN: Final = 1.0
 
 
@@ -156,11 +156,13 @@ class Engine:
         await self.links.start()
         self._watchdog = asyncio.create_task(self._watch_loop())
         await self.sharing.restore()
+        self.later(self.sharing.look_now_and_then())
         await self.agent.start()
         await self.getting.restore(resume=resume)
 
     async def stop(self) -> None:
         await self.getting.stop()
+        await self.sharing.settled()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -26,9 +26,19 @@ from .hashing import sha256_of
 from .manifest import Manifest, ManifestError
 from .manifests import ManifestFetcher
 from .paths import PathError, check_path
+from .piecemap import boot_id
 from .records import Record
 from .reports import Exit, GetReport, OnProgress, Progress, PsRow, State, TrimaranError
-from .store import DiskTroubleError, PartStore, conflict, no_space, prints_of, same_content, wrong_pieces
+from .store import (
+    DiskTroubleError,
+    PartStore,
+    conflict,
+    no_space,
+    prints_of,
+    private_names,
+    same_content,
+    wrong_pieces,
+)
 from .swarm import Swarm
 from .telling import piece_map, sources
 from .tracker_agent import FactKey
@@ -196,19 +206,24 @@ class Getting:
 
     async def _begin(self, file: t.FileView, manifest: Manifest, target: Path, *, checksum: bool) -> Transfer:
         engine = self._engine
-        store = await asyncio.get_running_loop().run_in_executor(
-            engine.long, PartStore.create, manifest, target, engine.home.maps
-        )
+        names = private_names(manifest.id, target, engine.home.maps)
         record = msgspec.structs.replace(
             self._record(file, target, State.DOWNLOADING),
-            part=str(store.part),
-            map=str(store.map.path),
+            part=str(names[0]),
+            map=str(names[1]),
             checksum=checksum,
         )
+        # The record comes first: a kill while the part is made leaves nothing that nobody knows of.
         transfer = Transfer(record, manifest)
-        transfer.store = store
+        await self._course.remember(transfer)
+        try:
+            transfer.store = await asyncio.get_running_loop().run_in_executor(
+                engine.long, PartStore.create, manifest, target, engine.home.maps, names
+            )
+        except TrimaranError:
+            await asyncio.to_thread(engine.records.delete, record)
+            raise
         self.transfers[record.key] = transfer
-        await asyncio.to_thread(engine.records.put, record)
         return transfer
 
     async def _follow(self, transfer: Transfer, on_progress: OnProgress, *, foreground: bool) -> None:
@@ -325,11 +340,14 @@ class Getting:
         prints = await asyncio.get_running_loop().run_in_executor(engine.long, same_content, target, manifest)
         if prints is None:
             return False
-        whole = msgspec.structs.replace(record, state=State.COMPLETE, reason="", part="", map="")
-        await asyncio.to_thread(engine.records.put_prints, record.path, record.manifest_id, prints)
-        await engine.sharing.keep(whole)
+        whole = msgspec.structs.replace(
+            record, state=State.COMPLETE, reason="", part="", map="", unsynced_boot=boot_id()
+        )
+        await engine.sharing.keep_whole(whole, prints)
         Path(record.map).unlink(missing_ok=True)
-        engine.sharing.offer(whole, manifest, Content(target, manifest.layout, prints))
+        content = Content(target, manifest.layout, prints)
+        engine.sharing.offer(whole, manifest, content)
+        engine.sharing.settle(whole, content)
         return True
 
     # --- verbs ----------------------------------------------------------------------------------

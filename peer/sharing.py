@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,13 +20,15 @@ from cluster.api import types as t
 from cluster.api.errors import TrackerError
 
 from .bitmap import full_mask
-from .content import Content
+from .content import Content, SourceGoneError
 from .hashing import Hashing, Scan, look, scan
 from .home import write_whole
 from .manifest import Algorithm, Manifest, ManifestError
 from .paths import PathError, check_path
-from .records import Record
+from .piecemap import boot_id
+from .records import Print, Record
 from .reports import Exit, OnProgress, Progress, ShareReport, State, TrimaranError
+from .store import same_content, sync_content
 from .swarm import Swarm
 from .tracker_agent import FactKey
 from .trouble import away, of_tracker
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("trimaran.peer.sharing")
 
 PROGRESS_SECONDS = 0.25
+LOOK_SECONDS = 30.0
 
 
 class Sharing:
@@ -44,6 +48,7 @@ class Sharing:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.records: dict[FactKey, Record] = {}
+        self._settling: dict[FactKey, asyncio.Task[None]] = {}
 
     # --- sharing anew ---------------------------------------------------------------------------
 
@@ -191,6 +196,32 @@ class Sharing:
         self.records[record.key] = record
         await asyncio.to_thread(self._engine.records.put, record)
 
+    async def keep_whole(self, record: Record, prints: Sequence[Print]) -> None:
+        """Remember a record that just became whole, and what its files look like."""
+        self.records[record.key] = record
+        await asyncio.to_thread(self._engine.records.put_whole, record, prints)
+
+    def settle(self, record: Record, content: Content) -> None:
+        """See to it that a download that is whole survives a power failure. Its name and its report do not wait for
+        the disk; until this ends, the record says in which boot it is good without."""
+        if record.unsynced_boot and record.key not in self._settling:
+            task = self._settling[record.key] = asyncio.create_task(self._settle(record, content))
+            task.add_done_callback(lambda _: self._settling.pop(record.key))
+
+    async def _settle(self, record: Record, content: Content) -> None:
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._engine.long, sync_content, content)
+        except (OSError, SourceGoneError) as error:
+            log.warning("%s is complete, but syncing it failed: %s", record.path, error)
+            return
+        kept = self.records.get(record.key)
+        if kept is not None and kept.unsynced_boot:
+            await self.keep(msgspec.structs.replace(kept, unsynced_boot=""))
+
+    async def settled(self) -> None:
+        """Wait until everything that is whole is on the disk."""
+        await asyncio.gather(*self._settling.values(), return_exceptions=True)
+
     def offer(self, record: Record, manifest: Manifest, content: Content) -> Swarm:
         """From now on this is served to the record's group."""
         engine = self._engine
@@ -270,14 +301,47 @@ class Sharing:
             )
             if not same:
                 state = State.MISSING if reason.endswith("is gone") else State.CHANGED
+            elif record.unsynced_boot and record.unsynced_boot != boot_id():
+                state, reason = await self._after_power_failure(record, manifest)
+                record = msgspec.structs.replace(record, unsynced_boot="")
+                await self.keep(record)
         if (state, reason) != (record.state, record.reason):
             record = msgspec.structs.replace(record, state=state, reason=reason)
             await self.keep(record)
         if state is State.COMPLETE and manifest is not None and known is not None:
-            self.offer(record, manifest, Content(Path(record.path), manifest.layout, known[1]))
+            content = Content(Path(record.path), manifest.layout, known[1])
+            self.offer(record, manifest, content)
+            self.settle(record, content)
         else:
             log.warning("not offered: %s/%s: %s", record.group, record.name, reason)
         return record
+
+    async def _after_power_failure(self, record: Record, manifest: Manifest) -> tuple[State, str]:
+        """The machine went down before this was known to be on the disk: is it?"""
+        path = Path(record.path)
+        found = await asyncio.get_running_loop().run_in_executor(
+            self._engine.long, same_content, path, manifest
+        )
+        if found is not None:
+            return State.COMPLETE, ""
+        return State.CHANGED, f"the machine stopped before {path} was on the disk: move it away, get it again"
+
+    async def look_now_and_then(self) -> None:
+        """Notice what changed or went away though nobody asks for it."""
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            for record in list(self.records.values()):
+                swarm = self._engine.swarms.get(record.manifest_id)
+                if record.state is not State.COMPLETE or swarm is None or swarm.gone_reason:
+                    continue
+                content = swarm.content
+                if str(content.path) != record.path or content.prints is None:
+                    continue
+                same, reason = await asyncio.get_running_loop().run_in_executor(
+                    self._engine.long, look, content.path, swarm.manifest.layout, content.prints
+                )
+                if not same and swarm.content is content:
+                    self.withdraw(swarm, reason)
 
     # --- ends -----------------------------------------------------------------------------------
 

@@ -83,11 +83,13 @@ class PartStore:
     # --- beginning ------------------------------------------------------------------------------
 
     @classmethod
-    def create(cls, manifest: Manifest, target: Path, maps: Path) -> PartStore:
-        """Reserve the room and make the part. Raises TrimaranError (no space, or the folder refuses)."""
+    def create(
+        cls, manifest: Manifest, target: Path, maps: Path, names: tuple[Path, Path] | None = None
+    ) -> PartStore:
+        """Reserve the room and make the part (under `names`, when they were recorded before). Raises TrimaranError
+        (no space, or the folder refuses)."""
         layout = manifest.layout
-        chance = secrets.token_hex(4)
-        part = target.parent / f".trimaran-{manifest.id[:16]}-{chance}.part"
+        part, map_file = names or private_names(manifest.id, target, maps)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             room = os.statvfs(target.parent)
@@ -96,7 +98,7 @@ class PartStore:
                 raise no_space(target, layout.size_bytes, free)
             inodes = _make_part(part, layout)
             sync_folder(target.parent)
-            piece_map = PieceMap.create(maps / f"{manifest.id}-{chance}", layout.pieces, inodes)
+            piece_map = PieceMap.create(map_file, layout.pieces, inodes)
         except OSError as error:
             remove_part(part)
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -208,22 +210,8 @@ class PartStore:
     def _sync_data(self) -> None:
         if self._single is not None:
             os.fdatasync(self._single)
-            return
-        if len(self.manifest.layout.files) > _SYNC_EACH_FILE_MAX and hasattr(_libc, "syncfs"):
-            root = os.open(self.part, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                if _libc.syncfs(root) != 0:
-                    code = ctypes.get_errno()
-                    raise OSError(code, os.strerror(code))
-            finally:
-                os.close(root)
-            return
-        for file_index in range(len(self.manifest.layout.files)):
-            descriptor = self.content.open(file_index)
-            try:
-                os.fdatasync(descriptor)
-            finally:
-                os.close(descriptor)
+        else:
+            sync_content(self.content)
 
     def verify(self) -> list[int]:
         """Hash everything that counts as here; returns (and drops from the map) what is not right."""
@@ -235,10 +223,10 @@ class PartStore:
     # --- the end --------------------------------------------------------------------------------
 
     def finish(self) -> list[Print]:
-        """Sync, set modes, rename to the target. Returns what the files look like. When the target exists, the same
-        content counts as done; other content raises TrimaranError(conflict). Raises OSError."""
+        """Set modes, rename to the target. Returns what the files look like. When the target exists, the same
+        content counts as done; other content raises TrimaranError(conflict). Raises OSError. Syncing what was
+        not synced before is the caller's, after (`sync_content`)."""
         layout = self.manifest.layout
-        self.sync()
         mask = os.umask(0)
         os.umask(mask)
         if self._single is not None:
@@ -288,6 +276,32 @@ class PartStore:
         self.close()
         remove_part(self.part)
         self.map.remove()
+
+
+def sync_content(content: Content) -> None:
+    """Make a whole share or part survive a power failure. Raises OSError, SourceGoneError."""
+    files = content.layout.files
+    if len(files) > _SYNC_EACH_FILE_MAX and hasattr(_libc, "syncfs"):
+        root = os.open(content.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            if _libc.syncfs(root) != 0:
+                code = ctypes.get_errno()
+                raise OSError(code, os.strerror(code))
+        finally:
+            os.close(root)
+        return
+    for file_index in range(len(files)):
+        descriptor = content.open(file_index)
+        try:
+            os.fdatasync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def private_names(manifest_id: str, target: Path, maps: Path) -> tuple[Path, Path]:
+    """Fresh names for a part beside its target, and for its piece map."""
+    chance = secrets.token_hex(4)
+    return target.parent / f".trimaran-{manifest_id[:16]}-{chance}.part", maps / f"{manifest_id}-{chance}"
 
 
 def prints_of(path: Path, layout: Layout) -> list[Print]:

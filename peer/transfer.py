@@ -20,10 +20,11 @@ from .bitmap import from_wire, mask_of
 from .content import Content
 from .driver import DownloadDriver
 from .manifest import Manifest
+from .piecemap import boot_id
 from .records import Record
 from .reports import Exit, State, TrimaranError
 from .reuse import Here, copy_what_is_here
-from .store import PartStore
+from .store import PartStore, remove_part
 from .swarm import Swarm
 from .telling import held_bytes
 from .tracker_agent import FactKey
@@ -40,6 +41,7 @@ class Transfer:
     def __init__(self, record: Record, manifest: Manifest) -> None:
         self.record = record
         self.manifest = manifest
+        self.kept: Record | None = None  # as the home has it
         self.state = record.state
         self.reason = record.reason
         self.store: PartStore | None = None
@@ -155,6 +157,7 @@ class Course:
         if store is None:
             log.warning("what was fetched of %s/%s is gone; it begins anew", record.group, record.name)
             Path(record.map).unlink(missing_ok=True)
+            await loop.run_in_executor(engine.long, remove_part, Path(record.part))
             store = await loop.run_in_executor(
                 engine.long, PartStore.create, transfer.manifest, Path(record.path), engine.home.maps
             )
@@ -214,11 +217,12 @@ class Course:
         """Everything is here: under its name with it, and offered as a share from now on."""
         engine = self._engine
         prints = await asyncio.get_running_loop().run_in_executor(engine.long, store.finish)
-        record = msgspec.structs.replace(transfer.record, state=State.COMPLETE, reason="", part="", map="")
-        # In this order: a kill in between leaves a record whose part is gone and whose target is whole, which the
-        # next start notices (`_came_through`).
-        await asyncio.to_thread(engine.records.put_prints, record.path, record.manifest_id, prints)
-        await engine.sharing.keep(record)
+        record = msgspec.structs.replace(
+            transfer.record, state=State.COMPLETE, reason="", part="", map="", unsynced_boot=boot_id()
+        )
+        # A kill before this leaves a record whose part is gone and whose target is whole, which the next start
+        # notices (`_came_through`).
+        await engine.sharing.keep_whole(record, prints)
         if swarm.content is store.content:
             engine.files.forget(store.content)
             swarm.content = Content(Path(record.path), transfer.manifest.layout, prints)
@@ -227,9 +231,9 @@ class Course:
         store.map.remove()
         store.close()
         transfer.store = None
-        engine.sharing.offer(
-            record, transfer.manifest, Content(Path(record.path), transfer.manifest.layout, prints)
-        )
+        content = Content(Path(record.path), transfer.manifest.layout, prints)
+        engine.sharing.offer(record, transfer.manifest, content)
+        engine.sharing.settle(record, content)
 
     def _unoffer(self, transfer: Transfer, swarm: Swarm, store: PartStore) -> None:
         engine = self._engine
@@ -242,7 +246,7 @@ class Course:
             engine.server.recheck()
 
     async def remember(self, transfer: Transfer) -> None:
-        transfer.record = msgspec.structs.replace(
-            transfer.record, state=transfer.state, reason=transfer.reason
-        )
-        await asyncio.to_thread(self._engine.records.put, transfer.record)
+        record = msgspec.structs.replace(transfer.record, state=transfer.state, reason=transfer.reason)
+        if record is not transfer.kept and record != transfer.kept:
+            await asyncio.to_thread(self._engine.records.put, record)
+        transfer.record = transfer.kept = record

@@ -111,6 +111,7 @@ async def test_a_part_that_somebody_worked_on_is_not_trusted(peers: Peers, tmp_p
     for number in range(8):
         assert (tmp_path / f"there/boat/{number}.bin").read_bytes() == (root / f"{number}.bin").read_bytes()
     assert (tmp_path / "victim").read_bytes() == b"v" * (1 << 20)
+    assert list((tmp_path / "there").iterdir()) == [tmp_path / "there/boat"]
 
 
 async def test_verify_finds_what_rotted_and_it_is_fetched_again(peers: Peers, tmp_path: Path) -> None:
