@@ -147,7 +147,7 @@ class PeerSettings(Struct, frozen=True, kw_only=True):
     trackers: tuple[str, ...]  # whole URLs
     ca: Path | None = None
     insecure: bool = False
-    listen: str = "0.0.0.0:0"  # noqa: S104 - a peer serves other machines; host:port, port 0 picks one
+    listen: str = "0.0.0.0:0"
     advertise: tuple[str, ...] = ()  # whole URLs; empty: derived from the interfaces
     up_bytes_per_second: int = 0
     down_bytes_per_second: int = 0
