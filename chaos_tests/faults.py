@@ -370,6 +370,14 @@ async def few_descriptors(rig: Rig, chance: random.Random, running: Running) -> 
                 writer.close()
 
 
+def _needs_proxies(rig: Rig) -> str | None:
+    return None if rig.proxied else "there is no proxy between the nodes of this rig"
+
+
+def _needs_namespaces(rig: Rig) -> str | None:
+    return "losing packets needs the rig in namespaces" if rig.proxied else None
+
+
 def needs_snapshots(rig: Rig) -> str | None:
     return None if rig.makes_snapshots else "the log is not set to be compacted in this run"
 
@@ -391,11 +399,12 @@ KINDS: dict[str, Kind] = {
         Kind("halves", halves),
         Kind("bridge", bridge),
         Kind("majorities ring", majorities_ring),
-        Kind("slow links", slow_links),
-        Kind("garbled links", _spoil(garble_chance=0.02)),
-        Kind("doubled bytes", _spoil(duplicate_chance=0.02)),
-        Kind("lossy links", _spoil(reset_chance=0.02)),
-        Kind("connection resets", resets),
+        Kind("slow links", slow_links, _needs_proxies),
+        Kind("garbled links", _spoil(garble_chance=0.02), _needs_proxies),
+        Kind("doubled bytes", _spoil(duplicate_chance=0.02), _needs_proxies),
+        Kind("lossy links", _spoil(reset_chance=0.02), _needs_proxies),
+        Kind("lost packets", _spoil(loss_chance=0.2), _needs_namespaces),
+        Kind("connection resets", resets, _needs_proxies),
         Kind("users cut off", users_cut_off),
         Kind("clock step", clock_step, _needs_clock),
         Kind("clock strobe", clock_strobe, _needs_clock),

@@ -18,7 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from chaos_tests import faults, report, workload
+from chaos_tests import faults, load, report, workload
 from chaos_tests.checkers import cluster, product, revisions
 from chaos_tests.checkers.verdict import Verdict, held, violated
 from chaos_tests.history import History, Recorder
@@ -51,7 +51,7 @@ async def once(seed: int, kills: int, out: Path) -> tuple[History, float, list[V
         players = [
             asyncio.create_task(world.run_client(group, user, seed * 100 + k, 0.1))
             for k, user in enumerate(world.cast[group])
-        ] + [asyncio.create_task(world.watch(group, 0))]
+        ] + [asyncio.create_task(world.watch(group, 0)), asyncio.create_task(load.feel(recorder))]
         begin = recorder.now_ns()
         downloads = [
             asyncio.create_task(swarm.download(peer, name, 400))
@@ -65,10 +65,11 @@ async def once(seed: int, kills: int, out: Path) -> tuple[History, float, list[V
         slowest = (max(transfer.end_ns for transfer in transfers) - begin) / 1e9
         recorder.history.healed_ns = recorder.now_ns()
         world.stopping.set()
-        await asyncio.sleep(2)
+        await asyncio.sleep(2)  # the last writes are told to the watcher
     finally:
         if world:
             world.stopping.set()
+            world.hang_up.set()
         for task in players:
             task.cancel()
         await asyncio.gather(*players, return_exceptions=True)
@@ -125,7 +126,12 @@ def main() -> int:
         else violated("as fast as without kills", len(bit), message)
     )
     verdicts += [verdict for verdict in calm_verdicts if verdict.result != "held"]
-    told = {"slowest download": message, "downloads": str(len(history.transfers)), "kills": str(len(bit))}
+    told = {
+        "slowest download": message,
+        "downloads": str(len(history.transfers)),
+        "kills": str(len(bit)),
+        "machine": load.told(history),
+    }
     path = options.out / "kill-a-node" / "report.html"
     replay = f"python -m chaos_tests.kill_a_node --seed {options.seed} --kills {options.kills}"
     report.write(

@@ -42,8 +42,8 @@ SMALL_DISK_BYTES = 96 << 20
 class Node:
     """One tracker: its folder, its ports, its process."""
 
-    def __init__(self, node_id: str, folder: Path, http: int, raft: int) -> None:
-        self.node_id, self.folder, self.http, self.raft = node_id, folder, http, raft
+    def __init__(self, node_id: str, folder: Path, host: str, http: int, raft: int) -> None:
+        self.node_id, self.folder, self.host, self.http, self.raft = node_id, folder, host, http, raft
         self.process: asyncio.subprocess.Process | None = None
         self.log = folder.with_suffix(".log")
         self.paused = False
@@ -54,6 +54,8 @@ class Node:
 
 
 class Rig:
+    proxied = True  # every link between nodes goes through a proxy of ours
+
     def __init__(
         self,
         folder: Path,
@@ -72,6 +74,9 @@ class Rig:
         self.missing: list[str] = []  # what cannot be had here, said in the report
         self.makes_snapshots = "log_bytes_before_snapshot" in (raft_settings or {})
         self._variables = {
+            # Passwords are not what is tried here: hashing them cheaply leaves the processor to what is.
+            "TRIMARAN_SERVICE_HASH_MEMORY_KIB": "256",
+            "TRIMARAN_SERVICE_HASH_PASSES": "1",
             "TRIMARAN_RIG_CORRECTIONS_OFF": corrections_off,
             **{f"TRIMARAN_RAFT_SETTINGS_{k.upper()}": str(v) for k, v in (raft_settings or {}).items()},
         }
@@ -82,6 +87,18 @@ class Rig:
         self._generation = 0
         self._mounts: list[Path] = []
 
+    def host(self, node_id: str) -> str:
+        return "127.0.0.1"
+
+    def prefix(self, node_id: str) -> list[str]:
+        """What a node's command runs under."""
+        return []
+
+    def dial_places(self, node_id: str) -> dict[str, str]:
+        """Where it finds the others: at our proxies."""
+        links = ((b, self._raft_links[node_id, b]) for b in self.node_ids if b != node_id)
+        return {b: f"127.0.0.1:{link.port}" for b, link in links}
+
     # --- start and stop ---------------------------------------------------------------------------
 
     async def set_up(self) -> None:
@@ -91,13 +108,13 @@ class Rig:
         for i, node_id in enumerate(self.node_ids):
             folder = self.folder / node_id
             self._mount_small(folder)
-            self.nodes[node_id] = Node(node_id, folder, ports[2 * i], ports[2 * i + 1])
+            self.nodes[node_id] = Node(node_id, folder, self.host(node_id), ports[2 * i], ports[2 * i + 1])
         for a in self.node_ids:
-            self._user_links[a] = Link(f"users>{a}", ("127.0.0.1", self.nodes[a].http), self.seed)
+            self._user_links[a] = Link(f"users>{a}", (self.nodes[a].host, self.nodes[a].http), self.seed)
             self._user_ports[a] = await self._user_links[a].start()
             for b in self.node_ids:
                 if a != b:
-                    link = Link(f"{a}>{b}", ("127.0.0.1", self.nodes[b].raft), self.seed)
+                    link = Link(f"{a}>{b}", (self.nodes[b].host, self.nodes[b].raft), self.seed)
                     await link.start()
                     self._raft_links[a, b] = link
         first, *others = self.node_ids
@@ -117,7 +134,7 @@ class Rig:
             "invite",
             node_id,
             "--raft",
-            f"127.0.0.1:{node.raft}",
+            f"{node.host}:{node.raft}",
             "--data-dir",
             str(self.nodes[through].folder),
         )
@@ -128,9 +145,9 @@ class Rig:
         node = self.nodes[node_id]
         return [
             "--http",
-            f"127.0.0.1:{node.http}",
+            f"{node.host}:{node.http}",
             "--raft",
-            f"127.0.0.1:{node.raft}",
+            f"{node.host}:{node.raft}",
             "--data-dir",
             str(node.folder),
         ]
@@ -189,17 +206,16 @@ class Rig:
         node = self.nodes[node_id]
         if node.alive:
             return
-        dial = {b: self._raft_links[node_id, b] for b in self.node_ids if b != node_id}
         variables = {
             **os.environ,
-            "TRIMARAN_RIG_DIAL": ",".join(f"{b}=127.0.0.1:{link.port}" for b, link in dial.items()),
+            "TRIMARAN_RIG_DIAL": ",".join(f"{b}={place}" for b, place in self.dial_places(node_id).items()),
             **self._variables,
             **(self.clocks[node_id].environment if node_id in self.clocks else {}),
             **(environment or {}),
         }
         with node.log.open("ab") as log:
             node.process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "chaos_tests.node_entry", "--data-dir", str(node.folder),
+                *self.prefix(node_id), sys.executable, "-m", "chaos_tests.node_entry", "--data-dir", str(node.folder),
                 stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, env=variables, cwd=Path(__file__).parents[1],
             )  # fmt: skip
         await self._until(lambda: self._answers(node), START_SECONDS, f"{node_id} answers", quietly=True)
@@ -208,7 +224,7 @@ class Rig:
         if not node.alive:
             return True
         try:
-            _, writer = await asyncio.wait_for(asyncio.open_connection("127.0.0.1", node.http), 1)
+            _, writer = await asyncio.wait_for(asyncio.open_connection(node.host, node.http), 1)
         except (OSError, TimeoutError):
             return False
         writer.close()
@@ -408,7 +424,9 @@ class Rig:
         for port in (self.nodes[node_id].http, self.nodes[node_id].raft):
             for _ in range(count // 2):
                 try:
-                    _, writer = await asyncio.wait_for(asyncio.open_connection("127.0.0.1", port), 0.5)
+                    _, writer = await asyncio.wait_for(
+                        asyncio.open_connection(self.nodes[node_id].host, port), 0.5
+                    )
                 except (OSError, TimeoutError):
                     break
                 held.append(writer)
@@ -441,7 +459,7 @@ class Rig:
         context = ssl.create_default_context(cafile=str(self.folder / "ca.pem"))
         folder = self.nodes[self.node_ids[0]].folder / "operator"
         context.load_cert_chain(folder / "operator.pem", folder / "operator.key")
-        return Api({n.node_id: f"https://127.0.0.1:{n.http}" for n in self.nodes.values()}, context)
+        return Api({n.node_id: f"https://{n.host}:{n.http}" for n in self.nodes.values()}, context)
 
     async def leader(self) -> str | None:
         """Who leads, by the latest term any living node tells of in the next moments."""
@@ -462,7 +480,7 @@ class Rig:
     async def _watch_role(self, node_id: str) -> None:
         """Ask a node its role ten times a second, directly: not through a link that a fault may hold."""
         api = self.api()
-        api.urls = {node_id: f"https://127.0.0.1:{self.nodes[node_id].http}"}
+        api.urls = {node_id: f"https://{self.nodes[node_id].host}:{self.nodes[node_id].http}"}
         try:
             while True:
                 reply = await api.call(node_id, "GET", "/v1/status", seconds=1)

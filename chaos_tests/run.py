@@ -1,6 +1,7 @@
 """Run the whole system under faults, check its history, and write the report.
 
     python -m chaos_tests.run smoke|nightly|long [--seed N] [--seconds N] [--nodes N] [--out DIR]
+    python -m chaos_tests.run namespaces [--seed N]   (root: trackers in network namespaces, packets lost by nftables)
     python -m chaos_tests.run canary [--seed N]
 
 Exit 0 when every check held, 1 when one was violated or could not tell. `canary` runs a cluster with the Raft
@@ -11,22 +12,22 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import random
 import shutil
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
-from chaos_tests import compounds, faults, peer_faults, report, workload
+from chaos_tests import compounds, faults, load, namespaces, peer_faults, report, workload
 from chaos_tests.checkers import availability, cluster, linearizability, product, revisions, watches
 from chaos_tests.checkers.verdict import Verdict
 from chaos_tests.client import Api
-from chaos_tests.history import History, Load, Recorder
+from chaos_tests.history import History, Recorder
 from chaos_tests.rig import Rig
 from chaos_tests.swarm import Swarm
 from chaos_tests.workload import World
@@ -70,14 +71,22 @@ NIGHTLY = Profile(
     1800, 3, 4, 5, 6, 1, 48 << 20, "1M", tuple(compounds.KINDS), 5, 300, tuple(peer_faults.KINDS), SMALL_LOG
 )  # fmt: skip
 
+NAMESPACES = Profile(
+    150, 5, 3, 4, 4, 1, 24 << 20, "1M",
+    ("isolate the leader", "isolate the leader, incoming", "isolate the leader, outgoing", "halves", "bridge",
+     "majorities ring", "lost packets", "kill the leader", "pause 2 s", compounds.MINORITY_GONE,
+     compounds.MAJORITY_GONE, "replace a node"),
+    5, 60,
+)  # fmt: skip
+
 
 async def run(
-    profile: Profile, seed: int, out: Path, corrections_off: str = ""
+    profile: Profile, seed: int, out: Path, corrections_off: str = "", make_rig: Callable[..., Rig] = Rig
 ) -> tuple[History, list[Verdict]]:
     """One run: set up, faults, heal, settle, check."""
     out.mkdir(parents=True, exist_ok=True)
     recorder = Recorder(out / "history.jsonl", seed)
-    rig = Rig(
+    rig = make_rig(
         Path(tempfile.mkdtemp(prefix="trimaran-chaos-")),
         recorder,
         profile.nodes,
@@ -112,7 +121,7 @@ async def run(
             for watcher in range(2):
                 tasks.append(asyncio.create_task(world.watch(group, watcher)))
         print(f"set up in {recorder.now_ns() / 1e9:.1f} s; faults for {profile.seconds:.0f} s", flush=True)
-        tasks.append(asyncio.create_task(_feel_load(recorder)))
+        tasks.append(asyncio.create_task(load.feel(recorder)))
         downloads = await _under_faults(profile, seed, rig, swarm, recorder)
         rig.heal()
         for node in rig.node_ids:
@@ -143,6 +152,7 @@ async def run(
             rig.unmount(None)
             if swarm:
                 swarm.unmount()
+            shutil.rmtree(rig.folder, ignore_errors=True)
     if broken:
         raise broken[0]
     verdicts = check(history, profile, set(rig.node_ids), rig.missing + (swarm.missing if swarm else []))
@@ -184,17 +194,6 @@ async def _under_faults(
     if hurting:
         await asyncio.wait_for(hurting, 300)  # the last one ends as it must
     return downloads
-
-
-async def _feel_load(recorder: Recorder) -> None:
-    """Record what the machine itself did to everyone's timing."""
-    while True:
-        before = recorder.now_ns()
-        await asyncio.sleep(0.05)
-        late = (recorder.now_ns() - before) / 1e9 - 0.05
-        runnable = os.getloadavg()[0]
-        recorder.add(Load(at_ns=before, runnable=runnable, late_seconds=late))
-        await asyncio.sleep(0.45)
 
 
 async def _settle(rig: Rig, recorder: Recorder, downloads: list[asyncio.Task[object]]) -> None:
@@ -244,7 +243,6 @@ def check(history: History, profile: Profile, nodes: set[str], missing: list[str
 def figures(history: History, verdicts: list[Verdict]) -> dict[str, str]:
     ends = Counter(operation.end for operation in history.operations)
     kinds = Counter(fault.kind for fault in history.faults if fault.bit)
-    late = sorted(load.late_seconds for load in history.loads) or [0.0]
     whole = [transfer for transfer in history.transfers if transfer.got_sha256]
     return {
         "seed": str(history.seed),
@@ -253,8 +251,7 @@ def figures(history: History, verdicts: list[Verdict]) -> dict[str, str]:
         "watch messages": f"{len(history.watched):,}",
         "faults that bit": ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items())) or "none",
         "downloads": f"{len(whole)} of {len(history.transfers)}, {sum(t.size_bytes for t in whole):,} bytes",
-        "machine": f"{max((load.runnable for load in history.loads), default=0):.1f} runnable at most; naps of the rig "
-        f"overslept by {late[len(late) // 2] * 1000:.0f} ms (median), {late[-1] * 1000:.0f} ms (most)",
+        "machine": load.told(history),
         "violations": str(sum(verdict.result == "violated" for verdict in verdicts)),
         "could not tell": str(sum(verdict.result == "unknown" for verdict in verdicts)),
     }
@@ -262,20 +259,30 @@ def figures(history: History, verdicts: list[Verdict]) -> dict[str, str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m chaos_tests.run", description=__doc__.splitlines()[0])
-    parser.add_argument("profile", choices=["smoke", "nightly", "long", "canary"])
+    parser.add_argument("profile", choices=["smoke", "nightly", "long", "canary", "namespaces"])
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--seconds", type=float)
     parser.add_argument("--nodes", type=int)
     parser.add_argument("--out", type=Path, default=Path("chaos-report"))
     options = parser.parse_args()
     seed = options.seed if options.seed is not None else int(time.time())
-    profile = {"smoke": SMOKE, "canary": CANARY}.get(options.profile, NIGHTLY)
+    profile = {"smoke": SMOKE, "canary": CANARY, "namespaces": NAMESPACES}.get(options.profile, NIGHTLY)
     canary = options.profile == "canary"
     changes = {"seconds": options.seconds, "nodes": options.nodes}
     profile = replace(profile, **{name: value for name, value in changes.items() if value})
     out = options.out / f"{options.profile}-{seed}"
     replay = f"python -m chaos_tests.run {options.profile} --seed {seed} --seconds {profile.seconds:.0f} --nodes {profile.nodes}"
-    history, verdicts = asyncio.run(run(profile, seed, out, CANARY_OFF if canary else ""))
+    if options.profile == "namespaces":
+        try:
+            with namespaces.Network([f"n{i + 1}" for i in range(profile.nodes)]) as network:
+                network.enter()
+                make_rig = partial(namespaces.NamespaceRig, network)
+                history, verdicts = asyncio.run(run(profile, seed, out, make_rig=make_rig))
+        except namespaces.Unavailable as reason:
+            print(f"SKIPPED: {reason}")
+            return 0
+    else:
+        history, verdicts = asyncio.run(run(profile, seed, out, CANARY_OFF if canary else ""))
     told = figures(history, verdicts)
     report.write(
         out / "report.html",

@@ -1,0 +1,31 @@
+"""How busy the machine itself was, recorded next to what it may explain. A bound on time is never loosened
+for it; a reader of the report can tell the machine's lateness from the product's."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+
+from chaos_tests.history import History, Load, Recorder
+
+NAP_SECONDS = 0.05
+EVERY_SECONDS = 0.5
+
+
+async def feel(recorder: Recorder) -> None:
+    """Until cancelled."""
+    while True:
+        before = recorder.now_ns()
+        await asyncio.sleep(NAP_SECONDS)
+        late = (recorder.now_ns() - before) / 1e9 - NAP_SECONDS
+        recorder.add(Load(at_ns=before, runnable=os.getloadavg()[0], late_seconds=late))
+        await asyncio.sleep(EVERY_SECONDS - NAP_SECONDS)
+
+
+def told(history: History) -> str:
+    late = sorted(load.late_seconds * 1000 for load in history.loads) or [0.0]
+    runnable = [load.runnable for load in history.loads] or [0.0]
+    return (
+        f"{os.cpu_count()} processors, {min(runnable):.1f} to {max(runnable):.1f} runnable (a minute's average); naps "
+        f"of the rig overslept {late[len(late) // 2]:.0f} ms (median), {late[-1]:.0f} ms (most)"
+    )
