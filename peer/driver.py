@@ -32,7 +32,10 @@ log = logging.getLogger("trimaran.peer.download")
 
 TELL_BYTES_SECONDS: Final = 0.1
 SYNC_SECONDS: Final = 2.0
-SYNC_BYTES: Final = 256 << 20
+SYNC_BYTES: Final = 1 << 30
+CHECKS_MAX: Final = (
+    6  # pieces being hashed and written; more would only go cold in the caches, and hold memory
+)
 
 _FAILURE_OF: Final = {
     "unreachable": Failure.GONE,
@@ -225,6 +228,8 @@ class DownloadDriver:
 
     async def _request(self, action: ev.RequestPiece | ev.RequestNext) -> None:
         number = action.request
+        while len(self._jobs) >= CHECKS_MAX:
+            await asyncio.wait(self._jobs, return_when=asyncio.FIRST_COMPLETED)
         buffer = await self._pool.acquire(self._piece_bytes)
         arrived = -1
         try:

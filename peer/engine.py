@@ -331,11 +331,14 @@ class Engine:
         await asyncio.sleep(seconds)
         for name in sorted(driver.swarm.offers.get(driver.group, ())):
             try:
-                answer = await self.client.show_swarm(
-                    driver.group, name, manifest_id=driver.swarm.manifest_id
-                )
+                client = self.client.within(FIND_SECONDS_MIN) if self.agent.away else self.client
+                answer = await client.show_swarm(driver.group, name, manifest_id=driver.swarm.manifest_id)
             except TrackerError:
+                # Those last heard of may be there, and tell of others.
+                known = self.agent.known.peers(driver.group, driver.swarm.manifest_id)
+                tell_swarm(driver, known, self.peer_id)
                 return
+            self.agent.known.swarm(answer.manifest_id, answer.peers)
             tell_swarm(driver, answer.peers, self.peer_id)
 
     def report(self, driver: DownloadDriver, peer_id: str, fault: Fault) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from cluster.api import types as t
+from cluster.api.client import TrackerClient
 from cluster.api.errors import TrackerError
 
 from . import swarm_events as ev
@@ -52,6 +53,7 @@ log = logging.getLogger("trimaran.peer.getting")
 
 ACTIVE_MAX: Final = 8
 PROGRESS_SECONDS: Final = 0.2
+AWAY_ASKED_SECONDS: Final = 1.0  # how long trackers are asked that were not heard lately
 ALONE_SECONDS: Final = 60.0  # a `get` in the foreground that finds nobody at all ends after so long
 
 
@@ -67,7 +69,18 @@ class Getting:
             driving=self.budgets_changed,
             whole=self._forget,
         )
-        self._manifests = ManifestFetcher(engine.fetcher, engine.client, engine.home, engine.peer_id)
+        self._manifests = ManifestFetcher(
+            engine.fetcher,
+            self._trackers,
+            engine.home,
+            engine.peer_id,
+            lambda group, manifest_id: engine.agent.known.peers(group, manifest_id),
+        )
+
+    def _trackers(self) -> TrackerClient:
+        """The client; while no tracker is heard, one that does not wait for them."""
+        engine = self._engine
+        return engine.client.within(AWAY_ASKED_SECONDS) if engine.agent.away else engine.client
 
     def _forget(self, transfer: Transfer) -> None:
         self.transfers.pop(transfer.key, None)
@@ -132,14 +145,15 @@ class Getting:
         )
 
     async def _facts(self, group: str, name: str) -> t.FileView | None:
-        """What the group says of the file; None while no tracker can say (then only what was begun goes on)."""
+        """What the group says of the file; while no tracker can say, what was last heard; None when nothing was (then
+        only what was begun goes on)."""
         engine = self._engine
         try:
             await engine.agent.ensure_token(group)
-            return (await engine.client.show_file(group, name)).file
+            return (await self._trackers().show_file(group, name)).file
         except TrackerError as error:
             if away(error) and engine.agent.token(group) is not None:
-                return None
+                return engine.agent.known.file(group, name)
             raise of_tracker(error) from error
 
     def _at_rest(self, group: str, name: str, file: t.FileView | None) -> Transfer | None:

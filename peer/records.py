@@ -33,6 +33,9 @@ CREATE TABLE IF NOT EXISTS pending (
 CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, body BLOB NOT NULL) WITHOUT ROWID;
 """
 
+_PUT_RECORD = "INSERT OR REPLACE INTO records VALUES (?, ?, ?, ?)"
+_PUT_PRINTS = "INSERT OR REPLACE INTO prints VALUES (?, ?, ?)"
+
 
 class Record(Struct, frozen=True, kw_only=True):
     """One version of one shared file on this peer. `part` and `map` are set while it is unfinished."""
@@ -51,6 +54,8 @@ class Record(Struct, frozen=True, kw_only=True):
     map: str = ""
     checksum: bool = False
     received_bytes: int = 0
+    # Set while a whole download may be in memory only: the boot in which that is no harm (`Sharing.settle`).
+    unsynced_boot: str = ""
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -101,10 +106,14 @@ class Records:
     # shares and downloads
 
     def put(self, record: Record) -> None:
-        self._write(
-            "INSERT OR REPLACE INTO records VALUES (?, ?, ?, ?)",
-            (*record.key, msgspec.msgpack.encode(record)),
-        )
+        self._write(_PUT_RECORD, (*record.key, msgspec.msgpack.encode(record)))
+
+    def put_whole(self, record: Record, prints: Iterable[Print]) -> None:
+        """A record that is complete, and what its files look like, in one transaction."""
+        with self._mutex, self._database:
+            self._database.execute("BEGIN")
+            self._database.execute(_PUT_PRINTS, (record.path, record.manifest_id, _packed(prints)))
+            self._database.execute(_PUT_RECORD, (*record.key, msgspec.msgpack.encode(record)))
 
     def delete(self, record: Record) -> None:
         self._write("DELETE FROM records WHERE group_name=? AND name=? AND manifest_id=?", record.key)
@@ -116,10 +125,7 @@ class Records:
     # what files looked like when they were hashed or verified
 
     def put_prints(self, path: str, manifest_id: str, prints: Iterable[Print]) -> None:
-        self._write(
-            "INSERT OR REPLACE INTO prints VALUES (?, ?, ?)",
-            (path, manifest_id, msgspec.msgpack.encode(list(prints))),
-        )
+        self._write(_PUT_PRINTS, (path, manifest_id, _packed(prints)))
 
     def prints(self, path: str) -> tuple[str, list[Print]] | None:
         """The manifest and its files' looks, in the manifest's order; None when nothing is known."""
@@ -168,3 +174,7 @@ class Records:
     def _write(self, sql: str, values: tuple[object, ...]) -> None:
         with self._mutex:
             self._database.execute(sql, values)
+
+
+def _packed(prints: Iterable[Print]) -> bytes:
+    return msgspec.msgpack.encode(list(prints))

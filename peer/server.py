@@ -333,7 +333,6 @@ class PieceServer:
             ending.cancel()
             self._sendings.discard(sending)
             swarm.uploaded_bytes += sending.sent_bytes
-            self.queue.moved(sending.sent_bytes, loop.time())
             if not whole:
                 swarm.choice.failed(claims.peer_id, index)
 
