@@ -193,7 +193,7 @@ def damaged(world: World) -> None:
     world.damaged_node = process.node_id
     process.damaged = True
     world.kill(process)
-    if world.chance.random() < 0.3:
+    if world.chance.random() < 0.4:
         process.disk.vanish()
     elif world.chance.random() < 0.3 or not process.disk.rot("snapshot-"):
         process.disk.rot("journal-")
@@ -347,7 +347,9 @@ WEATHER: Mapping[str, Mapping[Fault, int]] = {
 PACES: Mapping[str, tuple[float, ...]] = {"isolation": (0.8, 3.0)}
 """Mean seconds between faults, where it matters that something can happen in between."""
 QUIET = ("lonely", "absence", "handover")
-ABSENCE: dict[str, Any] = dict(SMALL, log_bytes_before_snapshot=20_000, keep_tail_bytes=120_000)
+ABSENCE: dict[str, Any] = dict(
+    SMALL, segment_bytes=1_000, log_bytes_before_snapshot=6_000, keep_tail_bytes=120_000
+)
 KINDS = (*WEATHER, *QUIET)
 
 

@@ -403,7 +403,13 @@ class RaftCore:
             message, messages.RequestVote | messages.RequestPreVote
         ) and self.membership.tell_if_removed(node_id):
             return
-        self._handlers[type(message)](node_id, message)
+        try:
+            self._handlers[type(message)](node_id, message)
+        except Exception as error:
+            # Not for the transport to handle: this node's state may be half-changed now.
+            self.guard.stopped = True
+            self.impossible(f"{type(message).__name__} from {node_id}: {type(error).__name__}: {error}.")
+            raise
 
     def authorize(self, fingerprint: str) -> str | None:
         return self.membership.by_fingerprint(fingerprint)

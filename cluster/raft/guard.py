@@ -235,7 +235,7 @@ class Guard(Replication):
         until = self.runtime.now() + self.settings.apply_slice_seconds
         self._applying = True
         try:
-            while self.applied_index < self.commit_index:
+            while self.applied_index < self.commit_index and self.runtime.now() <= until:
                 start = self.applied_index + 1 - log[0][1]
                 for command, index, term in log[
                     start : start + min(64, self.commit_index - self.applied_index)
@@ -248,9 +248,9 @@ class Guard(Replication):
                     # 21: the entry counts as applied before anybody is told of it, so that nothing a caller's
                     # callback does can make this node apply it again.
                     self._SyncObj__raftLastApplied = index
+                    if self.runtime.now() > until:
+                        break
                 self.host.answer_applied()
-                if self.runtime.now() > until:
-                    break
         finally:
             self._applying = False
         if self.applied_index < self.commit_index:

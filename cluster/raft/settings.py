@@ -33,7 +33,7 @@ class RaftSettings:
     majority has no connection to that leader either."""
 
     batch_bytes: int = 1 << 20
-    batch_commands: int = 4096
+    batch_commands: int = 1024
     command_bytes_max: int = 2 << 20
     queue_bytes_max: int = 64 << 20
     queue_commands_max: int = 100_000
