@@ -318,6 +318,18 @@ class Getting:
             transfer.error = _trouble(transfer, met)
             transfer.state, transfer.reason = State.FAILED, str(met)
             await self._course.remember(transfer)
+        except Exception as error:
+            # A defect. Whoever waits must hear of it, and `ps` must not call it a running download for ever.
+            log.exception("the download of %s/%s failed", transfer.record.group, transfer.record.name)
+            reason = f"something unexpected happened ({type(error).__name__})"
+            transfer.error = TrimaranError(
+                f"{transfer.record.group}/{transfer.record.name}: {reason}.",
+                exit_code=Exit.UNEXPECTED,
+                code="unexpected",
+                hint=f"The details are in {self._engine.home.folder / 'peer.log'}; what was fetched is kept.",
+            )
+            transfer.state, transfer.reason = State.FAILED, reason
+            await self._course.remember(transfer)
 
     # --- after a start --------------------------------------------------------------------------
 
