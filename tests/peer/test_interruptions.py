@@ -125,7 +125,7 @@ async def test_verify_finds_what_rotted_and_it_is_fetched_again(peers: Peers, tm
     await asyncio.gather(getting, return_exceptions=True)
     (part,) = (tmp_path / "there").iterdir()
     with part.open("r+b") as file:
-        file.write(b"rotten" * 200_000)
+        file.write(b"rotten__" * (4 << 17))  # wherever the pieces lie that came first
     row = await ben.verify("boats", "hull.bin", lambda _: None)
     assert "pieces were wrong" in row.reason
     await get(ben, "hull.bin", tmp_path / "there")
