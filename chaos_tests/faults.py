@@ -65,8 +65,7 @@ async def _down(
         running.bit = all([await rig.kill(node) for node in victims])
         await asyncio.sleep(seconds)
     finally:
-        for node in victims:
-            await rig.start(node)
+        await asyncio.gather(*(rig.start(node) for node in victims))
 
 
 async def kill_one(rig: Rig, chance: random.Random, running: Running) -> None:

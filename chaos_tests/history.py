@@ -211,7 +211,7 @@ class Recorder:
 
     def _write(self, kind: str, record: Any) -> None:
         if self._file:
-            self._file.write(orjson.dumps({"kind": kind, **msgspec.to_builtins(record)}) + b"\n")
+            self._file.write(orjson.dumps({"record": kind, **msgspec.to_builtins(record)}) + b"\n")
 
 
 def read(path: Path) -> History:
@@ -219,7 +219,7 @@ def read(path: Path) -> History:
     history = History()
     open_calls: dict[int, Operation] = {}
     for record in _lines(path):
-        kind = record.pop("kind")
+        kind = record.pop("record")
         if kind == "run":
             history.seed = record["seed"]
         elif kind == "call":

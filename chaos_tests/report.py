@@ -10,19 +10,20 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from chaos_tests.checkers.verdict import Verdict
+from chaos_tests.checkers.verdict import Verdict, held
 from chaos_tests.history import FOREVER_NS, History, Operation
 
-WIDTH, LEFT, LANE, GAP = 1400, 150, 16, 3
+WIDTH, LEFT, LANE, GAP, LABEL = 1400, 270, 16, 3, 46
 END_COLOURS = {"ok": "#3a9d5d", "refused": "#7fb4d8", "fail": "#c9c9c9", "unknown": "#e8a33d"}
 NODE_COLOURS = ["#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3"]
 X = Callable[[int], float]  # nanoseconds to a place on the axis
 STYLE = """
 body{font:14px/1.45 system-ui,sans-serif;margin:2rem;color:#222;max-width:1460px}
 h1{font-size:1.4rem} h2{font-size:1.1rem;margin-top:1.6rem}
-table{border-collapse:collapse} td,th{padding:.2rem .7rem;border-bottom:1px solid #ddd;text-align:left;vertical-align:top}
+table{border-collapse:collapse} td:first-child{white-space:nowrap} td,th{padding:.2rem .7rem;border-bottom:1px solid #ddd;text-align:left;vertical-align:top}
 .held{color:#24743f} .violated{color:#b3261e;font-weight:600} .unknown{color:#9a6a00}
 svg{background:#fcfcfc;border:1px solid #ddd} text{font:11px system-ui,sans-serif;fill:#333}
+.legend span{margin-right:1.2rem} .legend i{display:inline-block;width:.9rem;height:.7rem;margin-right:.3rem}
 code{background:#f1f1f1;padding:.1rem .3rem}
 """
 
@@ -48,6 +49,7 @@ def write(
         "<h2>Checks</h2>",
         _verdicts(verdicts),
         "<h2>Timeline</h2>",
+        _legend(),
         _timeline(history, verdicts),
     ]
     parts.extend(_evidence(history, verdict) for verdict in bad)
@@ -61,14 +63,40 @@ def _table(rows: Sequence[tuple[str, str]]) -> str:
     return f"<table><tr>{head}</tr>{body}</table>"
 
 
+def _legend() -> str:
+    ends = {"ok": "acknowledged", "refused": "refused", "fail": "certainly not done", "unknown": "unknown"}
+    colours = [(END_COLOURS[end], told) for end, told in ends.items()]
+    colours += [
+        ("#c44e52", "a fault that bit"),
+        ("#d8a0a0", "a fault that did not"),
+        ("#a9d5b7", "a download"),
+    ]
+    swatches = "".join(f"<span><i style='background:{colour}'></i>{told}</span>" for colour, told in colours)
+    return f"<p class=legend>{swatches}<br>Hold the pointer over anything to read what it is.</p>"
+
+
 def _verdicts(verdicts: Sequence[Verdict]) -> str:
     order = {"violated": 0, "unknown": 1, "held": 2}
+    verdicts = _folded(verdicts)
     rows = "".join(
         f"<tr><td class={v.result}>{v.result}</td><td>{html.escape(v.name)}</td><td>{v.checked:,}</td>"
-        f"<td>{html.escape(v.message)}</td></tr>"
+        f"<td>{html.escape(v.message[:1500])}</td></tr>"
         for v in sorted(verdicts, key=lambda v: order[v.result])
     )
     return f"<table><tr><th>result</th><th>check</th><th>evidence</th><th></th></tr>{rows}</table>"
+
+
+def _folded(verdicts: Sequence[Verdict]) -> list[Verdict]:
+    """Checks that held for many keys or watchers in one row each; whatever did not hold keeps its own."""
+    shown = [verdict for verdict in verdicts if verdict.result != "held"]
+    alike: dict[str, list[Verdict]] = defaultdict(list)
+    for verdict in verdicts:
+        if verdict.result == "held":
+            alike["watch" if verdict.name.startswith("watch ") else verdict.name].append(verdict)
+    for name, many in alike.items():
+        message = many[0].message if len(many) == 1 else f"{len(many)} streams or keys, each by itself"
+        shown.append(held(name, sum(verdict.checked for verdict in many), message))
+    return shown
 
 
 def _timeline(history: History, verdicts: Sequence[Verdict]) -> str:
@@ -81,19 +109,25 @@ def _timeline(history: History, verdicts: Sequence[Verdict]) -> str:
     shapes: list[str] = []
     y = 20.0
     y = _leader_strip(history, shapes, x, y)
-    targets = sorted({fault.target for fault in history.faults})
+    kinds = list(dict.fromkeys(fault.kind for fault in sorted(history.faults, key=lambda f: f.begin_ns)))
     top = y
-    for target in targets:
-        shapes.append(f'<text x="4" y="{y + 12}">fault: {html.escape(target[:20])}</text>')
-        for fault in (f for f in history.faults if f.target == target):
+    for kind in kinds:
+        shapes.append(f'<text x="4" y="{y + 12}">{html.escape(kind[:LABEL])}</text>')
+        for fault in (f for f in history.faults if f.kind == kind):
             width = max(2.0, x(fault.end_ns) - x(fault.begin_ns))
             colour = "#c44e52" if fault.bit else "#d8a0a0"
             shapes.append(
                 f'<rect x="{x(fault.begin_ns):.1f}" y="{y}" width="{width:.1f}" height="{LANE}" fill="{colour}" opacity=".75">'
                 f"<title>{html.escape(f'{fault.kind} {fault.target} {fault.detail}')}</title></rect>"
             )
+            if width > 7 * len(fault.target) + 6:
+                shapes.append(
+                    f'<text x="{x(fault.begin_ns) + 3:.1f}" y="{y + 12}" style="fill:#fff">{html.escape(fault.target)}</text>'
+                )
         y += LANE + GAP
     for fault in history.faults:
+        if fault.kind.startswith("peer"):
+            continue  # a band through all lanes only for what happens to trackers
         width = max(1.0, x(fault.end_ns) - x(fault.begin_ns))
         shapes.insert(
             0,
@@ -145,12 +179,17 @@ def _client_lanes(history: History, shapes: list[str], x: X, y: float) -> float:
     for operation in history.operations:
         by_client[operation.client].append(operation)
     for client, operations in sorted(by_client.items()):
-        shapes.append(f'<text x="4" y="{y + 12}">{html.escape(client[:22])}</text>')
+        shapes.append(f'<text x="4" y="{y + 12}">{html.escape(client[:LABEL])}</text>')
+        drawn = -1.0  # where the last one ended: what is too short to see is drawn once for each end
+        last: str = ""
         for operation in operations:
-            width = max(0.8, x(operation.end_ns) - x(operation.call_ns))
+            begin, end = x(operation.call_ns), x(operation.end_ns)
+            if end < drawn + 0.5 and operation.end == last:
+                continue
+            drawn, last = max(end, begin + 0.8), operation.end
             told = f"{operation.id} {operation.name} {operation.key} on {operation.node}: {operation.end} {operation.output!r} @{operation.revision}"
             shapes.append(
-                f'<rect x="{x(operation.call_ns):.1f}" y="{y}" width="{width:.1f}" height="{LANE - 4}" fill="{END_COLOURS[operation.end]}"><title>{html.escape(told)}</title></rect>'
+                f'<rect x="{begin:.1f}" y="{y}" width="{drawn - begin:.1f}" height="{LANE - 4}" fill="{END_COLOURS[operation.end]}"><title>{html.escape(told)}</title></rect>'
             )
         y += LANE + GAP
     return y
@@ -159,7 +198,7 @@ def _client_lanes(history: History, shapes: list[str], x: X, y: float) -> float:
 def _transfer_lanes(history: History, shapes: list[str], x: X, y: float) -> float:
     for transfer in history.transfers:
         shapes.append(
-            f'<text x="4" y="{y + 12}">{html.escape(f"{transfer.peer} {transfer.name}"[:22])}</text>'
+            f'<text x="4" y="{y + 12}">{html.escape(f"{transfer.peer} {transfer.name}"[:LABEL])}</text>'
         )
         good = transfer.got_sha256 and transfer.got_sha256 == transfer.wanted_sha256
         colour = "#a9d5b7" if good else "#efc0bd"

@@ -124,8 +124,7 @@ async def run(
         tasks.append(asyncio.create_task(load.feel(recorder)))
         downloads = await _under_faults(profile, seed, rig, swarm, recorder)
         rig.heal()
-        for node in rig.node_ids:
-            await rig.start(node)
+        await asyncio.gather(*(rig.start(node) for node in rig.node_ids))
         recorder.history.healed_ns = recorder.now_ns()
         await asyncio.sleep(3.0)  # the users go on for a moment after the faults, then rest
         world.stopping.set()

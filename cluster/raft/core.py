@@ -406,9 +406,11 @@ class RaftCore:
         try:
             self._handlers[type(message)](node_id, message)
         except Exception as error:
-            # Not for the transport to handle: this node's state may be half-changed now.
-            self.guard.stopped = True
-            self.impossible(f"{type(message).__name__} from {node_id}: {type(error).__name__}: {error}.")
+            # Not for the transport to handle: this node's state may be half-changed now. (The engine logs it and goes on,
+            # which is what makes 21 possible.)
+            if self.corrections.apply_before_answer:
+                self.guard.stopped = True
+                self.impossible(f"{type(message).__name__} from {node_id}: {type(error).__name__}: {error}.")
             raise
 
     def authorize(self, fingerprint: str) -> str | None:

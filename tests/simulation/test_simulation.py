@@ -23,7 +23,7 @@ FIRST_LOOK = {
     "5-truncate_only_conflicts": 5,
     "6-compact_behind_snapshot_only": 55,
     "8-acks_carry_term": 53,
-    "9-corrupt_snapshot_stops": 11,
+    "9-corrupt_snapshot_stops": 29,
     "10-torn_tail_is_dropped": 28,
     "11-vote_is_kept": 55,
     "12-refusals_are_values": 0,
@@ -38,7 +38,7 @@ FIRST_LOOK = {
     "22-membership_from_log": 30,
     "22-one_change_at_a_time": 39,
     "22-removed_is_told": 3,
-    "23-keep_tail": 43,
+    "23-keep_tail": 7,
 }
 
 # A fault that no longer bites is no fault: each of these must have, somewhere in the sixty seeds.
