@@ -35,6 +35,7 @@ from .swarm import Swarm, Swarms
 
 CONNECTIONS_MAX: Final = 1024
 BODY_BYTES_MAX: Final = 1 << 20
+MANIFEST_WRITE_BYTES: Final = 256 * 1024
 QUEUE_SECONDS_MAX: Final = 8.0
 HANDSHAKE_SECONDS: Final = 10.0
 _MANIFEST_ID: Final = r"{manifest_id:[0-9a-f]{64}}"
@@ -209,7 +210,15 @@ class PieceServer:
         file = self._manifest_file(swarm.manifest_id)
         if not file.is_file():
             raise _Refusal(404, "not-held", "This peer does not hold that for this group.")
-        return web.FileResponse(file, headers={"Content-Type": "application/msgpack"})
+        # Not a FileResponse: over TLS its sendfile fallback fails with an error of its own when the asker goes away.
+        data = await asyncio.to_thread(file.read_bytes)
+        response = web.StreamResponse(headers={"Content-Type": "application/msgpack"})
+        response.content_length = len(data)
+        await response.prepare(request)
+        for start in range(0, len(data), MANIFEST_WRITE_BYTES):
+            await response.write(memoryview(data)[start : start + MANIFEST_WRITE_BYTES])
+        await response.write_eof()
+        return response
 
     async def _piece(self, request: web.Request) -> web.StreamResponse:
         claims, swarm = self._admit(request)
