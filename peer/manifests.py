@@ -30,9 +30,19 @@ NAMES_BYTES_MAX: Final = 64 << 20
 class ManifestFetcher:
     """Manifests for downloads; they are kept in the home, where the server finds them."""
 
-    def __init__(self, fetcher: Fetcher, client: TrackerClient, home: Home, peer_id: str) -> None:
+    def __init__(
+        self,
+        fetcher: Fetcher,
+        client: Callable[[], TrackerClient],
+        home: Home,
+        peer_id: str,
+        known_peers: Callable[[str, str], list[t.SwarmPeer]],
+    ) -> None:
+        """`known_peers` answers, for a group and a manifest, with the peers last heard of: asked while no tracker is
+        there."""
         self._fetcher = fetcher
         self._client = client
+        self._known_peers = known_peers
         self._home = home
         self._peer_id = peer_id
 
@@ -54,14 +64,14 @@ class ManifestFetcher:
         began = loop.time()
         while True:
             try:
-                answer = await self._client.show_swarm(file.group, file.name, manifest_id=file.manifest_id)
-                peers = [
-                    peer for peer in answer.peers if peer.peer_id != self._peer_id and not peer.quarantined
-                ]
+                trackers = self._client()
+                answer = await trackers.show_swarm(file.group, file.name, manifest_id=file.manifest_id)
+                peers = answer.peers
             except TrackerError as error:
                 if refused(error):
                     raise of_tracker(error) from error
-                peers = []
+                peers = self._known_peers(file.group, file.manifest_id)
+            peers = [peer for peer in peers if peer.peer_id != self._peer_id and not peer.quarantined]
             found = await self._ask(file, peers, token(file.group))
             if found is not None:
                 manifest = self._checked(found, file)

@@ -30,6 +30,7 @@ from state_machine import limits
 
 from .access import Access
 from .identity import Identity
+from .known import Known
 from .records import Records
 from .trouble import refused
 
@@ -41,6 +42,9 @@ RETRY_SECONDS: Final = 0.5
 RETRY_SECONDS_MAX: Final = 10.0
 AWAY_SECONDS: Final = 3.0  # without a heartbeat
 CHECK_SECONDS: Final = 1.0
+KNOWN_SAVED_SECONDS: Final = 5.0
+SWARMS_ASKED_MAX: Final = 32  # of a group, once, so that an outage finds this peer prepared
+SWARMS_ASKED_EVERY_SECONDS: Final = 0.05
 
 FactKey: TypeAlias = tuple[str, str, str]  # group, name, manifest_id
 
@@ -110,6 +114,8 @@ class TrackerAgent:
         self._expired: set[str] = set()
         self._regroup = asyncio.Event()
         self._kept = self._load()
+        self.known = Known(records, user)
+        self._caught_up: set[str] = set()
         self._waiters: list[asyncio.Future[None]] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._heartbeat_at = float("-inf")
@@ -133,6 +139,8 @@ class TrackerAgent:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for waiter in self._waiters:
             waiter.cancel()
+        if self.known.changed:
+            await asyncio.to_thread(self._records.put_setting, *self.known.packed())
         if leaving and not self._whole:
             with contextlib.suppress(TrackerError, TimeoutError):
                 async with asyncio.timeout(2.0):
@@ -197,6 +205,8 @@ class TrackerAgent:
     def leave_group(self, group: str) -> None:
         self._groups.discard(group)
         self._kept.tokens.pop(group, None)
+        self.known.group_lost(group)
+        self._caught_up.discard(group)
         for key in [key for key in self._facts if key[0] == group]:
             del self._facts[key]
             self._said.pop(key, None)
@@ -322,7 +332,7 @@ class TrackerAgent:
         await asyncio.to_thread(self._identity.certify, answer.certificate_pem)
 
     async def _renewing(self) -> None:
-        certify_at = 0.0
+        certify_at = known_saved_at = 0.0
         while True:
             await asyncio.sleep(CHECK_SECONDS * random.uniform(0.7, 1.3))  # noqa: S311 - jitter
             for group in list(self._groups):
@@ -337,6 +347,9 @@ class TrackerAgent:
                 with contextlib.suppress(TrackerError):
                     await self.certify()
             self._events.rights_changed()  # tokens of others end by themselves, too
+            if self.known.changed and now >= known_saved_at:
+                known_saved_at = now + KNOWN_SAVED_SECONDS
+                await asyncio.to_thread(self._records.put_setting, *self.known.packed())
 
     async def _try_renew(self, group: str) -> None:
         try:
@@ -403,7 +416,24 @@ class TrackerAgent:
             self._access.quarantined[group] = frozenset(peer.peer_id for peer in quarantine.peers)
         self._save()
         self._events.rights_changed()
+        for group in groups:
+            if group in self._groups and group not in self._caught_up:
+                self._caught_up.add(group)
+                self._later(self._catch_up(group))
         return since
+
+    async def _catch_up(self, group: str) -> None:
+        """Learn once what the group shares and who has the latest of it; the watch tells of what follows."""
+        await asyncio.sleep(random.uniform(0.0, CHECK_SECONDS))  # noqa: S311 - jitter
+        try:
+            files = (await self._client.list_files(group)).files
+            self.known.listed(group, files)
+            for file in sorted(files, key=lambda file: file.shared_at, reverse=True)[:SWARMS_ASKED_MAX]:
+                answer = await self._client.show_swarm(group, file.name)
+                self.known.swarm(answer.manifest_id, answer.peers)
+                await asyncio.sleep(SWARMS_ASKED_EVERY_SECONDS)
+        except TrackerError:
+            self._caught_up.discard(group)
 
     async def _follow(self, groups: list[str], since: int) -> None:
         prefixes = [f"/groups/{group}" for group in groups] + ["/keys"]
@@ -426,8 +456,10 @@ class TrackerAgent:
         value: dict[str, Any] = event.value if isinstance(event.value, dict) else {}
         match event.type:
             case "swarm.changed":
+                self.known.took(str(value.get("manifest_id", "")), value)
                 self._events.swarm_peer(group, parts[4], value)
             case "swarm.left":
+                self.known.left(str(value.get("manifest_id", "")), str(value.get("peer_id", parts[-1])))
                 self._events.swarm_peer_left(
                     group, parts[4], str(value.get("peer_id", parts[-1])), str(value.get("manifest_id", ""))
                 )
@@ -444,8 +476,10 @@ class TrackerAgent:
                 revoked = {str(each) for each in value.get("revoked_manifest_ids", ())}
                 for manifest_id in revoked:
                     self._revoke(group, epoch, manifest_id=manifest_id)
+                self.known.removed(group, parts[4])
                 self._events.file_removed(group, parts[4])
             case "file.published" | "file.replaced":
+                self.known.take(group, parts[4], value)
                 self._access.revocations.lift(group, manifest_id=str(value.get("manifest_id", "")))
                 self._events.rights_changed()
             case "peer.quarantined" | "peer.lifted":

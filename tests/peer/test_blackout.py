@@ -1,0 +1,100 @@
+"""All trackers are gone: what was begun goes on, what is new begins from what peers know, and nobody gets more than
+its token allows."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+
+from conftest import Peers, get, share, until
+from trackers import Trackers
+
+from peer.session import LocalSession
+
+
+async def all_gone(trackers: Trackers) -> None:
+    for node in trackers.nodes:
+        await node.service.stop()
+        await node.runner.cleanup()
+
+
+def known(session: LocalSession, name: str, seeder: LocalSession) -> bool:
+    """Whether it has heard of the file, and that this seeder has it."""
+    engine = session._engine
+    assert engine is not None
+    file = engine.agent.known.file("boats", name)
+    if file is None:
+        return False
+    peers = engine.agent.known.peers("boats", file.manifest_id)
+    return any(peer.peer_id == seeder._identity.peer_id and peer.complete for peer in peers)
+
+
+async def test_a_new_download_begins_from_what_was_last_heard(peers: Peers, tmp_path: Path) -> None:
+    before, after, small = tmp_path / "before.bin", tmp_path / "after.bin", tmp_path / "small.bin"
+    for path, size in ((before, 3 << 20), (after, 3 << 20), (small, 1000)):
+        path.write_bytes(os.urandom(size))
+    ada, ben = await peers.open("ada"), await peers.open("ben")
+    await share(ada, before)
+    await share(ben, small)  # ben takes part in the group, and has asked for neither of the others
+    await share(ada, after)  # this he hears of by the watch, the other by asking once
+    await until(lambda: known(ben, "before.bin", ada) and known(ben, "after.bin", ada))
+    await all_gone(peers.trackers)
+    engine = ben._engine
+    assert engine is not None
+    await until(lambda: engine.agent.away)
+    for path in (before, after):
+        report = await get(ben, path.name, tmp_path / "there")
+        assert (tmp_path / "there" / path.name).read_bytes() == path.read_bytes()
+        assert report.received_bytes == 3 << 20
+    # A removed file would not be known any more; a name nobody spoke of never was.
+    assert engine.agent.known.file("boats", "never.bin") is None
+
+
+async def test_it_is_remembered_over_a_restart(peers: Peers, tmp_path: Path) -> None:
+    source, small = tmp_path / "hull.bin", tmp_path / "small.bin"
+    source.write_bytes(os.urandom(3 << 20))
+    small.write_bytes(b"x")
+    ada, ben = await peers.open("ada"), await peers.open("ben")
+    await share(ada, source)
+    await share(ben, small)
+    await until(lambda: known(ben, "hull.bin", ada))
+    await peers.close(ben)
+    await all_gone(peers.trackers)
+    ben = await peers.open("ben")
+    await get(ben, "hull.bin", tmp_path / "there")
+    assert (tmp_path / "there/hull.bin").read_bytes() == source.read_bytes()
+
+
+async def test_a_dead_seeder_is_replaced_by_one_that_peers_tell_of(peers: Peers, tmp_path: Path) -> None:
+    source = tmp_path / "hull.bin"
+    source.write_bytes(os.urandom(12 << 20))
+    ada, ben, cho = await peers.open("ada"), await peers.open("ben"), await peers.open("cho")
+    await share(ada, source)
+    await get(ben, "hull.bin", tmp_path / "bens")
+    getting = asyncio.create_task(get(cho, "hull.bin", tmp_path / "chos", down=3 << 20))
+    engine = cho._engine
+    while engine is None or not list(engine.getting.drivers()):
+        await asyncio.sleep(0.01)
+        engine = cho._engine
+    driver = next(engine.getting.drivers())
+    await until(lambda: driver.received_bytes)
+    await all_gone(peers.trackers)
+    await peers.close(ada)
+    await getting
+    assert (tmp_path / "chos/hull.bin").read_bytes() == source.read_bytes()
+
+
+async def test_what_was_taken_off_is_forgotten(peers: Peers, tmp_path: Path) -> None:
+    source, small = tmp_path / "hull.bin", tmp_path / "small.bin"
+    source.write_bytes(b"hull")
+    small.write_bytes(b"x")
+    ada, ben = await peers.open("ada"), await peers.open("ben")
+    await share(ada, source)
+    await share(ben, small)
+    await until(lambda: known(ben, "hull.bin", ada))
+    reply = await peers.trackers.call("DELETE", "/v1/groups/boats/files/hull.bin", session=peers.owner)
+    assert reply.status == 200
+    engine = ben._engine
+    assert engine is not None
+    await until(lambda: engine.agent.known.file("boats", "hull.bin") is None)
