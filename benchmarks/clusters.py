@@ -5,11 +5,13 @@ processes on loopback, synced to disk, plain HTTP on both (TLS on neither).
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import shutil
-import subprocess
+import signal
 import sys
+import time
 import urllib.error
 import urllib.request
 from abc import ABC, abstractmethod
@@ -19,6 +21,13 @@ from benchmarks.processes import Process, free_ports, wait_until
 
 VALUE_BYTES = 64
 KEYS = 1000
+
+
+def request_id(number: int) -> str:
+    """A UUIDv7 of now; no number may come twice in a millisecond."""
+    moment = time.time_ns() // 1_000_000
+    text = f"{moment:012x}7{number % 4096:03x}8{number % (1 << 60):015x}"
+    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
 
 def ask(
@@ -185,30 +194,18 @@ class Trimaran(Cluster):
         self._folders = [node["data_dir"] for node in told["nodes"]]
         self.nodes = [_Adopted(node["pid"], self._launcher) for node in told["nodes"]]
         wait_until(lambda: self.leader() is not None, 30, "the trackers elect", [self._launcher])
-        self._session = self._sign_in()
+        self.session = self._sign_in()
 
     def _sign_in(self) -> str:
-        key = "0192f000-0000-7000-8000-{:012x}"
         user = {"user": "bench", "password": "a long enough password"}
-
-        def write(
-            number: int, method: str, path: str, body: object, session: str = ""
-        ) -> tuple[int, dict[str, object]]:
-            headers = {"Idempotency-Key": key.format(number), "Authorization": f"Bearer {session}"}
-            return ask(
-                f"{self.urls[0]}{path}",
-                method,
-                body,
-                headers if session else {"Idempotency-Key": headers["Idempotency-Key"]},
-            )
-
-        status, answer = write(1, "POST", "/v1/users", user)
-        assert status in (200, 201, 409), (status, answer)
-        status, answer = ask(f"{self.urls[0]}/v1/sessions", "POST", user)
-        assert status in (200, 201), (status, answer)
+        status, answer = ask(f"{self.urls[0]}/v1/users", "POST", user, {"Idempotency-Key": request_id(1)}, 20)
+        assert status == 200, (status, answer)
+        status, answer = ask(f"{self.urls[0]}/v1/sessions", "POST", user, seconds=20)
+        assert status == 200, (status, answer)
         session = str(answer["session"])
-        status, answer = write(2, "POST", "/v1/groups", {"name": "bench"}, session)
-        assert status in (200, 201, 409), (status, answer)
+        headers = {"Idempotency-Key": request_id(2), "Authorization": f"Bearer {session}"}
+        status, answer = ask(f"{self.urls[0]}/v1/groups", "POST", {"name": "bench"}, headers, 20)
+        assert status == 200, (status, answer)
         return session
 
     def restart(self, number: int) -> None:
@@ -247,14 +244,13 @@ request = function()
   local manifest = string.format("%08x%056x", n % 4294967296, id)
   local name = string.format("bench-%04d", math.random(0, {KEYS - 1}))
   return wrk.format("PUT", "/v1/groups/bench/files/" .. name,
-    {{["Content-Type"]="application/json", ["Authorization"]="Bearer {self._session}", ["Idempotency-Key"]=key}},
+    {{["Content-Type"]="application/json", ["Authorization"]="Bearer {self.session}", ["Idempotency-Key"]=key}},
     '{{"kind":"file","size_bytes":1048576,"pieces":4,"piece_bytes":262144,"algorithm":"sha256","manifest_id":"' .. manifest .. '","replace":true}}')
 end
 """
 
     def write_once(self, number: int, sequence: int, seconds: float) -> bool:
-        key = f"0192f000-0000-7000-9000-{sequence:012x}"
-        headers = {"Idempotency-Key": key, "Authorization": f"Bearer {self._session}"}
+        headers = {"Idempotency-Key": request_id(sequence), "Authorization": f"Bearer {self.session}"}
         body = {
             "kind": "file", "size_bytes": 1, "pieces": 1, "piece_bytes": 262144, "algorithm": "sha256",
             "manifest_id": f"{sequence:064x}", "replace": True,
@@ -280,8 +276,16 @@ class _Adopted(Process):
         return self._pid
 
     def kill(self) -> None:
-        subprocess.run(["kill", "-9", str(self._pid)], check=False)
-        wait_until(lambda: not _alive(self._pid), 5, "a killed tracker ends")
+        self._end(signal.SIGKILL, 5)
+
+    def stop(self, within_seconds: float = 10.0) -> int:
+        self._end(signal.SIGTERM, within_seconds)
+        return 0
+
+    def _end(self, number: int, within_seconds: float) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._pid, number)
+        wait_until(lambda: not _alive(self._pid), within_seconds, "a tracker ends")
 
 
 def _alive(pid: int) -> bool:

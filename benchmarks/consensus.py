@@ -5,28 +5,33 @@
 Three nodes each as processes, synced to disk, plain HTTP on both, the same compiled load generator (`wrk`)
 against the leader of each in turn. etcd's writes are `put`s through its HTTP gateway; ours are a new version
 of a shared file: session checked, rights checked, request id remembered. Reported: acknowledged writes a
-second, p50 and p99, CPU seconds of all three nodes per 1,000 writes, peak memory, and the time without a
-successful write after `kill -9` of the leader.
+second, p50 and p99, CPU seconds of all three nodes per 1,000 writes, peak memory; announce calls a second,
+and peers kept alive by heartbeats; the time without a successful write after `kill -9` of the leader; and a
+rolling restart under load. What a million facts cost is `benchmarks/million.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
+import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import results
+from benchmarks import results, rolling, wrk
+from benchmarks.announcing import Announcers
 from benchmarks.clusters import Cluster, Etcd, Trimaran
 from benchmarks.processes import wait_until
 
-UNITS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
+ANNOUNCE_SECONDS = 10.0  # how often a peer sends its heartbeat
+ANNOUNCING_CLIENTS = (64, 256)
+
+Samples = dict[str, list[dict[str, float]]]
 
 
 def main() -> int:
@@ -38,6 +43,8 @@ def main() -> int:
     parser.add_argument("--clients", default="1,16,64,256")
     parser.add_argument("--trials", type=int, default=20, help="kills of the leader")
     parser.add_argument("--only", choices=["trimaran", "etcd"])
+    parser.add_argument("--writes-only", action="store_true", help="no announce calls, no rolling restart")
+    parser.add_argument("--no-keep", action="store_true", help="print only")
     options = parser.parse_args()
     if not shutil.which("wrk"):
         print("benchmarks.consensus needs the load generator wrk (Debian: wrk)", file=sys.stderr)
@@ -50,6 +57,12 @@ def main() -> int:
             print(f"{kind.name}: skipped: {reason}", file=sys.stderr)
             kinds.remove(kind)
     rows: list[dict[str, Any]] = []
+
+    def keep(**row: Any) -> None:
+        rows.append(row)
+        print(row, flush=True)
+
+    before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="trimaran-bench-") as folder:
         clusters = [kind(Path(folder) / kind.name) for kind in kinds]
         try:
@@ -57,58 +70,113 @@ def main() -> int:
                 cluster.folder.mkdir()
                 cluster.start()
             for clients in map(int, options.clients.split(",")):
-                samples: dict[str, list[dict[str, float]]] = {cluster.name: [] for cluster in clusters}
-                for _ in range(options.rounds):
-                    for cluster in clusters:
-                        samples[cluster.name].append(load(cluster, clients, options.seconds))
-                for cluster in clusters:
-                    row = {"cluster": cluster.name, "clients": clients} | medians(samples[cluster.name])
-                    rows.append(row)
-                    print(row, flush=True)
+                compare_writes(clusters, clients, options.rounds, options.seconds, keep)
             for cluster in clusters:
-                if options.trials:
-                    gaps = [kill_leader(cluster, trial) for trial in range(options.trials)]
-                    row = {
-                        "cluster": cluster.name, "trials": options.trials, "no_write_seconds_median": round(statistics.median(gaps), 3),
-                        "no_write_seconds_max": round(max(gaps), 3),
-                    }  # fmt: skip
-                    rows.append(row)
-                    print(row, flush=True)
+                if isinstance(cluster, Trimaran) and not options.writes_only:
+                    announce(cluster, options.rounds, options.seconds, keep)
+            if options.trials:
+                kill_leaders(clusters, options.trials, keep)
+            for cluster in clusters:
+                if isinstance(cluster, Trimaran) and not options.writes_only:
+                    keep(cluster=cluster.name, **rolling.measure(cluster))
         finally:
             for cluster in clusters:
                 cluster.stop()
-    results.keep("consensus", rows)
+    note = f"load average before {before:.1f}, after {os.getloadavg()[0]:.1f}, which includes this benchmark"
+    if options.no_keep:
+        print(results.table(rows))
+    else:
+        results.keep("consensus", rows, note)
     return 0
 
 
-def load(cluster: Cluster, clients: int, seconds: int) -> dict[str, float]:
+def compare_writes(
+    clusters: list[Cluster], clients: int, rounds: int, seconds: int, keep: Callable[..., None]
+) -> None:
+    """Alternating, so that whatever else the machine does falls on all of them."""
+    samples: Samples = {cluster.name: [] for cluster in clusters}
+    loads: list[float] = []
+    for _ in range(rounds):
+        loads.append(os.getloadavg()[0])
+        for cluster in clusters:
+            samples[cluster.name].append(write_load(cluster, clients, seconds))
+    for cluster in clusters:
+        keep(
+            cluster=cluster.name, clients=clients, **medians(samples[cluster.name]),
+            peak_mib=round(cluster.peak_bytes() / 2**20), load_average=round(statistics.median(loads), 1),
+        )  # fmt: skip
+
+
+def write_load(cluster: Cluster, clients: int, seconds: int) -> dict[str, float]:
     """One run of `wrk` against the leader."""
+    said, cpu = _measured(cluster, cluster.load_script(), clients, seconds)
+    return {
+        "writes_per_second": said["per_second"],
+        "p50_ms": said["p50_ms"],
+        "p99_ms": said["p99_ms"],
+        "cpu_seconds_per_1000": cpu / max(said["acknowledged"], 1) * 1000,
+    }
+
+
+def announce(cluster: Trimaran, rounds: int, seconds: int, keep: Callable[..., None]) -> None:
+    """Announce calls, in turn with writes of as many clients; then heartbeats."""
+    announcers = Announcers(cluster)
+    for clients in ANNOUNCING_CLIENTS:
+        calls: list[dict[str, float]] = []
+        for _ in range(rounds):
+            writes = write_load(cluster, clients, seconds)["writes_per_second"]
+            announcers.say_all()
+            before = announcers.logged()
+            said, cpu = _measured(cluster, announcers.script(changes=True), clients, seconds)
+            changed = announcers.logged() - before
+            assert changed >= said["acknowledged"], "each call must have changed something"
+            calls.append(
+                {
+                    "announce_calls_per_second": said["per_second"],
+                    "times_writes": said["per_second"] / writes,
+                    "p50_ms": said["p50_ms"],
+                    "p99_ms": said["p99_ms"],
+                    "cpu_seconds_per_1000": cpu / max(said["acknowledged"], 1) * 1000,
+                }
+            )
+        keep(cluster=cluster.name, clients=clients, **medians(calls))
+    beats: list[dict[str, float]] = []
+    for _ in range(rounds):
+        announcers.say_all()
+        before = announcers.logged()
+        said, cpu = _measured(cluster, announcers.script(changes=False), ANNOUNCING_CLIENTS[0], seconds)
+        assert announcers.logged() - before < said["acknowledged"] / 100, "heartbeats change nothing"
+        per_cpu_second = said["acknowledged"] / cpu
+        beats.append(
+            {
+                "heartbeats_per_second": said["per_second"],
+                "heartbeats_per_cpu_second": per_cpu_second,
+                "peers_kept_alive_per_cpu_second": per_cpu_second * ANNOUNCE_SECONDS,
+            }
+        )
+    keep(cluster=cluster.name, clients=ANNOUNCING_CLIENTS[0], **medians(beats))
+
+
+def _measured(cluster: Cluster, script: str, clients: int, seconds: int) -> tuple[dict[str, float], float]:
+    """What `wrk` says, and the CPU seconds of all nodes meanwhile."""
     leader = cluster.leader()
     assert leader is not None, f"{cluster.name} has no leader"
-    script = cluster.folder / "load.lua"
-    script.write_text(cluster.load_script())
-    threads = min(2, clients)
     before = cluster.cpu_seconds()
-    done = subprocess.run(
-        ["wrk", "-t", str(threads), "-c", str(clients), "-d", f"{seconds}s", "--latency", "--timeout", "10s",
-         "-s", str(script), cluster.urls[leader]],
-        capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
-    cpu = cluster.cpu_seconds() - before
-    bad = re.search(r"Non-2xx or 3xx responses: (\d+)", done)
-    total = int(_find(r"(\d+) requests in", done))
-    failed = int(bad.group(1)) if bad else 0
-    if failed:
-        print(f"{cluster.name}: {failed} of {total} requests were not acknowledged", file=sys.stderr)
-    return {
-        "writes_per_second": float(_find(r"Requests/sec:\s+([\d.]+)", done))
-        * (total - failed)
-        / max(total, 1),
-        "p50_ms": _milliseconds(_find(r"(?m)^\s+50%\s+(\S+)", done)),
-        "p99_ms": _milliseconds(_find(r"(?m)^\s+99%\s+(\S+)", done)),
-        "cpu_seconds_per_1000": cpu / max(total - failed, 1) * 1000,
-        "peak_mib": cluster.peak_bytes() / 2**20,
-    }
+    said = wrk.run(cluster.urls[leader], script, cluster.folder, clients, seconds, cluster.name)
+    return said, cluster.cpu_seconds() - before
+
+
+def kill_leaders(clusters: list[Cluster], trials: int, keep: Callable[..., None]) -> None:
+    gaps: dict[str, list[float]] = {cluster.name: [] for cluster in clusters}
+    for trial in range(trials):
+        for cluster in clusters:
+            gaps[cluster.name].append(kill_leader(cluster, trial))
+    for cluster in clusters:
+        seconds = gaps[cluster.name]
+        keep(
+            cluster=cluster.name, trials=trials, no_write_seconds_median=round(statistics.median(seconds), 3),
+            no_write_seconds_max=round(max(seconds), 3),
+        )  # fmt: skip
 
 
 def kill_leader(cluster: Cluster, trial: int) -> float:
@@ -118,8 +186,8 @@ def kill_leader(cluster: Cluster, trial: int) -> float:
     assert leader is not None
     others = [number for number in range(3) if number != leader]
     assert cluster.write_once(others[0], trial * 1000, 10), "a write before the kill"
-    cluster.nodes[leader].kill()
     begun = time.monotonic()
+    cluster.nodes[leader].kill()
     attempt = 0
     while True:
         attempt += 1
@@ -138,18 +206,6 @@ def kill_leader(cluster: Cluster, trial: int) -> float:
 
 def medians(samples: list[dict[str, float]]) -> dict[str, float]:
     return {name: round(statistics.median(sample[name] for sample in samples), 3) for name in samples[0]}
-
-
-def _find(pattern: str, text: str) -> str:
-    found = re.search(pattern, text)
-    if not found:
-        raise RuntimeError(f"the load generator said no {pattern!r}:\n{text}")
-    return found.group(1)
-
-
-def _milliseconds(text: str) -> float:
-    number, unit = re.fullmatch(r"([\d.]+)(us|ms|s)", text).groups()  # type: ignore[union-attr]
-    return float(number) * UNITS[unit]
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 Owned here: which announcement needs the log at all, and gathering those that do. An announcement that
 changes nothing is a heartbeat: it is noted for the next renewal (`leases.py`) and answered locally. The
-others of a few tens of milliseconds share one entry. Left to others: what an announcement means
+others of a few tens of milliseconds share one entry; where they come so fast that there are enough of them
+sooner, none waits for that time to pass. Left to others: what an announcement means
 (`state_machine/rules/swarms.py`).
 """
 
@@ -23,7 +24,7 @@ from state_machine.model import split_swarm_key, swarm_key
 from state_machine.outcomes import AnnounceValue
 
 BATCH_BYTES_MAX: Final = limits.COMMAND_BYTES_MAX // 2
-BATCH_ANNOUNCEMENTS_MAX: Final = 4_096
+BATCH_ANNOUNCEMENTS: Final = 16  # enough to share an entry's cost: more come along with the next
 
 ProposeBatch = Callable[[AnnouncePeers], Awaitable[tuple[AnnounceValue, ...]]]
 _encoder = msgspec.msgpack.Encoder()
@@ -95,7 +96,7 @@ class Announcer:
         future: asyncio.Future[AnnounceValue] = loop.create_future()
         self._waiting.append((announcement, future))
         self._waiting_bytes += size
-        if len(self._waiting) >= BATCH_ANNOUNCEMENTS_MAX:
+        if len(self._waiting) >= BATCH_ANNOUNCEMENTS:
             self._send()
         elif self._timer is None:
             self._timer = loop.call_later(self._window_seconds, self._send)

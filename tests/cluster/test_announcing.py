@@ -1,0 +1,92 @@
+"""Gathering announcements: few wait for others within the window, many wait for nobody."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from cluster.announcing import BATCH_ANNOUNCEMENTS, Announcer
+from cluster.settings import ServiceSettings
+from state_machine import codec
+from state_machine.commands import (
+    Announcement,
+    AnnouncePeers,
+    AnyCommand,
+    CreateGroup,
+    Fact,
+    PublishFile,
+    PutPeer,
+    RegisterUser,
+)
+from state_machine.machine import StateMachine
+from state_machine.outcomes import AnnounceValue, Applied
+
+MANIFEST_ID = "ab" * 32
+FOREVER_SECONDS = 3600.0
+
+
+class _Log:
+    """A log of one node, which takes a batch when it is told to."""
+
+    def __init__(self, window_seconds: float) -> None:
+        self.machine = StateMachine()
+        self.batches: list[AnnouncePeers] = []
+        self.apply(RegisterUser("anna", "$argon2id$x", 1))
+        self.apply(CreateGroup("boats", "anna", 1))
+        self.apply(
+            PublishFile(
+                "boats", "hull", "file", 1 << 24, 8, 1 << 21, "sha256", MANIFEST_ID, False, "anna", 1, 1
+            )
+        )
+        settings = ServiceSettings(
+            cluster_id="c", data_dir=Path("unused"), announce_window_seconds=window_seconds
+        )
+        self.announcer = Announcer(
+            self.machine, settings, self._propose, lambda peer_id: None, self._barrier, lambda: 1
+        )
+
+    def apply(self, command: AnyCommand) -> Applied:
+        [outcome] = self.machine.apply([codec.encode(command)])
+        assert isinstance(outcome, Applied), outcome
+        return outcome
+
+    async def _propose(self, command: AnnouncePeers) -> tuple[AnnounceValue, ...]:
+        self.batches.append(command)
+        await asyncio.sleep(0)
+        values: tuple[AnnounceValue, ...] = self.apply(command).value
+        return values
+
+    async def _barrier(self) -> None:
+        pass
+
+    def announce(self, number: int, pieces: int) -> asyncio.Task[AnnounceValue]:
+        peer_id = "abcdefghijklmnopqrstuvwxyz234567"[number] * 52
+        self.apply(PutPeer(peer_id, "anna", 1))
+        fact = Fact("boats", "hull", MANIFEST_ID, pieces, False)
+        announcement = Announcement(peer_id, "anna", ("https://10.0.0.1:1",), (fact,), True)
+        return asyncio.create_task(self.announcer.announce(announcement))
+
+
+async def test_enough_of_them_do_not_wait_for_the_window() -> None:
+    log = _Log(FOREVER_SECONDS)
+    tasks = [log.announce(number, 1) for number in range(BATCH_ANNOUNCEMENTS)]
+    async with asyncio.timeout(5):
+        values = await asyncio.gather(*tasks)
+    assert all(value.known for value in values)
+    assert [len(batch.announcements) for batch in log.batches] == [BATCH_ANNOUNCEMENTS]
+
+
+async def test_few_of_them_share_an_entry_when_the_window_ends() -> None:
+    log = _Log(0.02)
+    tasks = [log.announce(number, 1) for number in range(BATCH_ANNOUNCEMENTS - 1)]
+    async with asyncio.timeout(5):
+        await asyncio.gather(*tasks)
+    assert [len(batch.announcements) for batch in log.batches] == [BATCH_ANNOUNCEMENTS - 1]
+
+
+async def test_those_that_follow_a_full_batch_are_sent_when_their_window_ends() -> None:
+    log = _Log(0.02)
+    tasks = [log.announce(number, 1) for number in range(BATCH_ANNOUNCEMENTS + 3)]
+    async with asyncio.timeout(5):
+        await asyncio.gather(*tasks)
+    assert [len(batch.announcements) for batch in log.batches] == [BATCH_ANNOUNCEMENTS, 3]
