@@ -80,9 +80,7 @@ class Authority:
         # No certificate outlives the one that vouches for it.
         until = min(now + timedelta(days=days), self.certificate.not_valid_after_utc)
         if until <= now:
-            raise CertificateProblem(
-                f"the authority's own certificate ended at {until:%Y-%m-%d %H:%M} UTC"
-            )
+            raise CertificateProblem(f"the authority's own certificate ended at {until:%Y-%m-%d %H:%M} UTC")
         builder = _builder(common_name, self.certificate.subject, public_key, now - CLOCK_SKEW, until)
         builder = builder.add_extension(
             constraints or x509.BasicConstraints(ca=False, path_length=None), critical=True
