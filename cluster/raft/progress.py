@@ -27,6 +27,10 @@ class Progress:
         self.unacknowledged: deque[tuple[int, int]] = deque()  # (last index, bytes) of messages under way
         self.unacknowledged_bytes = 0
 
+    def heard(self, sent_at: float, now: float) -> None:
+        """It answered what was sent then; no answer reaches into the future."""
+        self.contact_at = max(self.contact_at, min(sent_at, now))
+
     def sent(self, last_index: int, size_bytes: int) -> None:
         self.unacknowledged.append((last_index, size_bytes))
         self.unacknowledged_bytes += size_bytes

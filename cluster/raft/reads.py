@@ -115,7 +115,7 @@ class ReadBarriers:
             return
         progress = guard.progress.get(node_id)
         if progress is not None:
-            progress.contact_at = max(progress.contact_at, m.sent_at)
+            progress.heard(m.sent_at, self._runtime.now())
         if self._answered is None or m.round != self._round or m.term != self._round_term:
             return
         if guard.named(node_id) in guard.voter_peers:

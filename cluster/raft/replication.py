@@ -27,7 +27,7 @@ class Replication(Engine):
         progress = self.progress.get(node.id)
         if not self.leading or progress is None:
             return
-        progress.contact_at = max(progress.contact_at, m.sent_at)
+        progress.heard(m.sent_at, self.runtime.now())
         progress.disk_full = m.disk_full
         progress.applied_index = m.applied_index
         match = self._SyncObj__raftMatchIndex

@@ -227,7 +227,7 @@ class Snapshotting:
             return
         progress = guard.progress.get(node_id)
         if progress is not None:
-            progress.contact_at = max(progress.contact_at, m.sent_at)
+            progress.heard(m.sent_at, self._runtime.now())
         if sending is None or sending.meta.index != m.index:
             return
         if m.offset > sending.acknowledged:
