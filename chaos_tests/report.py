@@ -16,6 +16,8 @@ from chaos_tests.history import FOREVER_NS, History, Operation
 WIDTH, LEFT, LANE, GAP, LABEL = 1400, 270, 16, 3, 46
 END_COLOURS = {"ok": "#3a9d5d", "refused": "#7fb4d8", "fail": "#c9c9c9", "unknown": "#e8a33d"}
 NODE_COLOURS = ["#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3"]
+ROLE_COLOURS = {"leader": "#2f5d8a", "follower": "#b9cbe0", "candidate": "#e8a33d", "removed": "#777"}
+SILENT_NS = 1_500_000_000
 X = Callable[[int], float]  # nanoseconds to a place on the axis
 STYLE = """
 body{font:14px/1.45 system-ui,sans-serif;margin:2rem;color:#222;max-width:1460px}
@@ -67,6 +69,8 @@ def _legend() -> str:
     ends = {"ok": "acknowledged", "refused": "refused", "fail": "certainly not done", "unknown": "unknown"}
     colours = [(END_COLOURS[end], told) for end, told in ends.items()]
     colours += [
+        ("#2f5d8a", "a node leads"),
+        ("#b9cbe0", "it follows"),
         ("#c44e52", "a fault that bit"),
         ("#d8a0a0", "a fault that did not"),
         ("#a9d5b7", "a download"),
@@ -101,14 +105,19 @@ def _folded(verdicts: Sequence[Verdict]) -> list[Verdict]:
 
 def _timeline(history: History, verdicts: Sequence[Verdict]) -> str:
     end_ns = max([history.end_ns, 1, *(f.end_ns for f in history.faults if f.end_ns < FOREVER_NS)])
-    scale = (WIDTH - LEFT - 10) / end_ns
+    begun = [fault.begin_ns for fault in history.faults] + [
+        transfer.begin_ns for transfer in history.transfers
+    ]
+    first_ns = max(0, min(begun, default=0) - 5 * 10**9)  # setting up is not shown
+    scale = (WIDTH - LEFT - 10) / (end_ns - first_ns)
 
     def x(at_ns: int) -> float:
-        return LEFT + min(at_ns, end_ns) * scale
+        return LEFT + (max(first_ns, min(at_ns, end_ns)) - first_ns) * scale
 
     shapes: list[str] = []
     y = 20.0
     y = _leader_strip(history, shapes, x, y)
+    y = _node_lanes(history, shapes, x, y)
     kinds = list(dict.fromkeys(fault.kind for fault in sorted(history.faults, key=lambda f: f.begin_ns)))
     top = y
     for kind in kinds:
@@ -139,14 +148,14 @@ def _timeline(history: History, verdicts: Sequence[Verdict]) -> str:
         shapes.append(
             f'<line x1="{x(history.healed_ns):.1f}" x2="{x(history.healed_ns):.1f}" y1="0" y2="{y}" stroke="#24743f" stroke-dasharray="4 3"/>'
         )
-        shapes.append(f'<text x="{x(history.healed_ns) + 3:.1f}" y="12">faults end</text>')
+        shapes.append(f'<text x="{x(history.healed_ns) - 3:.1f}" y="12" text-anchor="end">faults end</text>')
     for verdict in verdicts:
         if verdict.first_bad_ns is not None:
             shapes.append(
                 f'<line x1="{x(verdict.first_bad_ns):.1f}" x2="{x(verdict.first_bad_ns):.1f}" y1="0" y2="{y}" stroke="#b3261e" stroke-width="1.5"><title>{html.escape(verdict.name)}</title></line>'
             )
-    step = max(1, round(end_ns / 1e9 / 12))
-    for second in range(0, int(end_ns / 1e9) + 1, step):
+    step = max(1, round((end_ns - first_ns) / 1e9 / 12))
+    for second in range(-(-first_ns // (step * 10**9)) * step, int(end_ns / 1e9) + 1, step):
         shapes.append(f'<text x="{x(second * 10**9):.1f}" y="{y + 14}">{second} s</text>')
     return f'<svg width="{WIDTH}" height="{y + 24:.0f}">{"".join(shapes)}</svg>'
 
@@ -172,6 +181,28 @@ def _leader_strip(history: History, shapes: list[str], x: X, y: float) -> float:
                 f'<text x="{x(begin) + 3:.1f}" y="{y + 12}" style="fill:#fff">{html.escape(node)} t{term}</text>'
             )
     return y + LANE + GAP
+
+
+def _node_lanes(history: History, shapes: list[str], x: X, y: float) -> float:
+    """When each node said anything, and as what."""
+    for node in sorted({sample.node for sample in history.samples}):
+        shapes.append(f'<text x="4" y="{y + 12}">{html.escape(node)}</text>')
+        spans: list[tuple[str, int, int]] = []
+        for sample in history.samples:
+            if sample.node != node or not sample.role:
+                continue
+            if spans and spans[-1][0] == sample.role and sample.at_ns < spans[-1][2] + SILENT_NS:
+                spans[-1] = (sample.role, spans[-1][1], sample.at_ns)
+            else:
+                spans.append((sample.role, sample.at_ns, sample.at_ns))
+        for role, begin, end in spans:
+            width = max(1.0, x(end) - x(begin))
+            colour = ROLE_COLOURS.get(role, "#d9a441")
+            shapes.append(
+                f'<rect x="{x(begin):.1f}" y="{y}" width="{width:.1f}" height="{LANE - 4}" fill="{colour}"><title>{html.escape(node)}: {html.escape(role)}</title></rect>'
+            )
+        y += LANE + GAP
+    return y
 
 
 def _client_lanes(history: History, shapes: list[str], x: X, y: float) -> float:

@@ -215,3 +215,14 @@ def test_a_history_survives_its_file_and_a_torn_last_line(tmp_path: Path) -> Non
     back = h.read(path)
     assert (back.seed, back.operations, back.samples) == (7, written.operations, written.samples)
     assert [o.end for o in back.operations] == ["ok", "unknown"]
+
+
+def test_a_history_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    recorder = h.Recorder(tmp_path / "h.jsonl", 7)
+    recorder.add(h.Fault(kind="kill one", target="n1", begin_ns=1, end_ns=2, bit=True, gone_ns=(1, 2)))
+    recorder.add(h.Load(at_ns=1, runnable=2.5, late_seconds=0.1))
+    done = recorder.call("c", "publish", "file:g:f", "n1", "x", 5.0, "id")
+    recorder.end(done, "ok", "", 3)
+    recorder.call("c", "read", "file:g:f", "n1", "", 5.0)
+    written = recorder.close()
+    assert h.read(tmp_path / "h.jsonl") == written
