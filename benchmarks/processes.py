@@ -7,6 +7,7 @@ waited for; memory is the peak resident set.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import socket
@@ -15,17 +16,16 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+_candidates = itertools.cycle(range(20_000 + os.getpid() % 5_000, 32_000))
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports nobody listens on now, below the ephemeral range so that outgoing connections do not take them."""
+    """Ports nobody listens on now, below the ephemeral range so that outgoing connections do not take them; each
+    is given once."""
     found: list[int] = []
-    candidate = 20_000 + os.getpid() % 5_000
     while len(found) < count:
-        candidate += 1
-        if candidate > 32_000:
-            candidate = 20_000
+        candidate = next(_candidates)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", candidate))
             found.append(candidate)

@@ -27,7 +27,8 @@ from typing import Any
 from benchmarks import hosts, results
 from benchmarks.contenders.aria2 import Aria2, Aria2Metalink
 from benchmarks.contenders.bittorrent import Libtorrent
-from benchmarks.contenders.contender import Contender, Run, Work
+from benchmarks.contenders.contender import Contender, Distance, Run, Work
+from benchmarks.contenders.one_by_one import CurlOneByOne, RsyncOneByOne, TrimaranOneByOne
 from benchmarks.contenders.rsync import Rsync
 from benchmarks.contenders.trimaran import Trimaran, TrimaranBlake3, TrimaranTls
 from benchmarks.contenders.web import Curl
@@ -47,6 +48,7 @@ class Scenario:
     files: int = 1
     bound_seconds: Callable[[int], float] | None = None  # of the fluid model, from the size
     full_only: bool = False
+    distance: Distance | None = None
 
 
 def loopback(leechers: int) -> Place:
@@ -92,6 +94,12 @@ SCENARIOS = (
              (Trimaran, Libtorrent), bound_seconds=lambda size: size / sum(_UNEQUAL)),
     Scenario("flash-crowd", "32 MiB to 32, one seeder, 5 MB/s of upload each", 32 * MIB, _CROWD,
              (Trimaran, Libtorrent), bound_seconds=_CROWD_BOUND, full_only=True),
+    Scenario("far", "128 MiB over 100 Mbit/s and 100 ms there and back", 128 * MIB, loopback(1), (Trimaran, Libtorrent),
+             bound_seconds=lambda size: size / 12.5e6, distance=Distance(0.1, 12_500_000)),
+    Scenario("near", "512 MiB over 1 Gbit/s and 20 ms there and back", 512 * MIB, loopback(1), (Trimaran, Libtorrent),
+             bound_seconds=lambda size: size / 125e6, distance=Distance(0.02, 125_000_000)),
+    Scenario("one-by-one", "200 files of 1 to 200 KiB, each shared and fetched by itself", 20 * MIB, loopback(1),
+             (TrimaranOneByOne, CurlOneByOne, RsyncOneByOne), files=200),
     Scenario("folder", "10,000 files of 1 to 200 KiB, to a fresh target", 1000 * MIB, loopback(1),
              (Trimaran, Rsync, Aria2, Libtorrent), files=10_000),
 )  # fmt: skip
@@ -165,7 +173,7 @@ def run_scenario(
                     continue
                 folder = base / f"{round_number}-{kind.name.replace(' ', '-')}"
                 folder.mkdir()
-                work = Work(source, size, folder, seeders, leechers, tracker)
+                work = Work(source, size, folder, seeders, leechers, tracker, distance=scenario.distance)
                 try:
                     samples[kind.name].append(run_once(kind, work, check=round_number == 0))
                 except (RuntimeError, TimeoutError, OSError) as error:

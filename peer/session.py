@@ -304,6 +304,8 @@ class LocalSession:
                 return self._identity.peer_id
             case "address":
                 return self.listen_address
+            case "blocked":
+                return self.longest_block_seconds
             case "whoami" | "logout" | "ps":
                 return await getattr(self, verb)()
             case "register" | "login" | "change_password" | "unshare" | "pause" | "resume" | "cancel":

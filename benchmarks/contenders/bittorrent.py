@@ -76,6 +76,7 @@ class Libtorrent(Contender):
         hosts = [*work.seeders, *work.leechers]
         ports = free_ports(len(hosts))
         addresses = [f"{host.address}:{port}" for host, port in zip(hosts, ports, strict=True)]
+        far = f"{hosts[0].address}:{self.far_port(hosts[0], ports[0])}" if work.distance else ""
         self._go = work.folder / "go"
         self._done = []
         python = interpreter()
@@ -85,7 +86,8 @@ class Libtorrent(Contender):
             folder = work.source.parent if seeding else work.folder / f"leecher-{number - len(work.seeders)}"
             folder.mkdir(exist_ok=True)
             done = work.folder / f"done-{number}"
-            others = ",".join(address for index, address in enumerate(addresses) if index != number)
+            reached = [far, *addresses[1:]] if far else addresses
+            others = ",".join(address for index, address in enumerate(reached) if index != number)
             command = [
                 python, "-W", "ignore", str(NODE), "seed" if seeding else "leech", str(torrent), str(folder),
                 addresses[number], others, str(self._go), str(done),

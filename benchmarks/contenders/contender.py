@@ -6,13 +6,22 @@ Everything that is not the transfer (starting programs, making torrents, hashing
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.hosts import Host
-from benchmarks.processes import Process
+from benchmarks.processes import Process, free_ports, wait_until
+
+
+@dataclass(frozen=True)
+class Distance:
+    """A long link before the first seeder (`benchmarks/distance.py`)."""
+
+    round_trip_seconds: float
+    bytes_per_second: int
 
 
 @dataclass
@@ -25,7 +34,8 @@ class Work:
     seeders: Sequence[Host]
     leechers: Sequence[Host]
     tracker: Host
-    seconds_max: float = 120.0
+    seconds_max: float = 180.0
+    distance: Distance | None = None
 
 
 @dataclass
@@ -45,6 +55,7 @@ class Contender(ABC):
     def __init__(self, work: Work) -> None:
         self.work = work
         self.processes: list[Process] = []
+        self.beside: list[Process] = []  # not measured: what only makes the place
 
     @staticmethod
     @abstractmethod
@@ -64,8 +75,22 @@ class Contender(ABC):
         ]
 
     def stop(self) -> None:
-        for process in self.processes:
+        for process in [*self.processes, *self.beside]:
             process.kill()
+
+    def far_port(self, host: Host, port: int) -> int:
+        """The port behind which `port` of the host lies at the work's distance."""
+        distance = self.work.distance
+        assert distance is not None
+        (near,) = free_ports(1)
+        proxy = Process(
+            [sys.executable, "-m", "benchmarks.distance", host.address, str(near), host.address, str(port),
+             str(distance.round_trip_seconds), str(distance.bytes_per_second)],
+            self.work.folder / "distance.log", prefix=host.prefix,
+        )  # fmt: skip
+        self.beside.append(proxy)
+        wait_until(lambda: b"ready" in proxy.log.read_bytes(), 10, "the long link", [proxy])
+        return near
 
     def cpu_seconds(self) -> float:
         return sum(process.cpu_seconds() for process in self.processes)

@@ -25,7 +25,7 @@ class Rsync(Contender):
         configuration.write_text(
             f"address = {host.address}\nport = {port}\nuse chroot = no\nuid = 0\ngid = 0\n[it]\npath = {work.source.parent}\nread only = yes\n"
         )
-        self._url = f"rsync://{host.address}:{port}/it/{work.source.name}"
+        self.url = f"rsync://{host.address}:{port}/it/{work.source.name}"
         self.processes.append(
             Process(
                 ["rsync", "--daemon", "--no-detach", f"--config={configuration}"],
@@ -40,7 +40,7 @@ class Rsync(Contender):
         work = self.work
         before = self.cpu_seconds()
         target = work.folder / "leecher-0"
-        script = f'rsync -a "{self._url}" "{target}/"; cat /proc/$$/stat'
+        script = f'rsync -a "{self.url}" "{target}/"; cat /proc/$$/stat'
         begun = time.monotonic()
         done = subprocess.run(
             [*work.leechers[0].prefix, "sh", "-c", script], capture_output=True, text=True, check=True

@@ -54,15 +54,15 @@ class Curl(Contender):
         return WebServer.missing() or (None if shutil.which("curl") else "curl is not installed")
 
     def start(self) -> None:
-        self._web = WebServer(self.work.source.parent, self.work.folder, self.work.seeders[0])
-        self.processes.append(self._web.process)
+        self.web = WebServer(self.work.source.parent, self.work.folder, self.work.seeders[0])
+        self.processes.append(self.web.process)
         (self.work.folder / "leecher-0").mkdir()
 
     def go(self) -> Run:
         work = self.work
         target = self.targets()[0]
         before = self.cpu_seconds()
-        script = f'curl -sf -o "{target}" "{self._web.url}/{work.source.name}" && sha256sum "{target}" >/dev/null; cat /proc/$$/stat'
+        script = f'curl -sf -o "{target}" "{self.web.url}/{work.source.name}" && sha256sum "{target}" >/dev/null; cat /proc/$$/stat'
         begun = time.monotonic()
         done = subprocess.run(
             [*work.leechers[0].prefix, "sh", "-c", script], capture_output=True, text=True, check=True
