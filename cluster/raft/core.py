@@ -144,6 +144,7 @@ class RaftCore:
             messages.Introduction: self.membership.on_introduction,
         }
         self._links = make_links(self)
+        self.membership.recover()
 
     # -- recovery
 
@@ -220,7 +221,6 @@ class RaftCore:
 
     def begin(self) -> None:
         """Take part. Call once, when the links may be used."""
-        self.membership.recover()
         self.guard.apply_committed()
         self.guard.elections.postpone()
         self._tick()
