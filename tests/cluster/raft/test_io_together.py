@@ -228,7 +228,6 @@ async def test_a_failed_sync_ends_the_node_and_it_comes_back_with_all_it_promise
 
     monkeypatch.setattr(os, "fdatasync", broken)
     end = await three.propose(failing, b"its sync fails")
-    assert not isinstance(end, Rejected)
     await until(lambda: bool(reasons))
     assert len(reasons) == 1
     assert "disk failed" in reasons[0]
@@ -237,5 +236,11 @@ async def test_a_failed_sync_ends_the_node_and_it_comes_back_with_all_it_promise
     await three.write(b"meanwhile")
     await three.start(failing)
     await three.agreed()
-    found = [command for command in three.replicas[failing].commands if command.startswith(b"before")]
-    assert found == [b"before %d" % number for number in range(5)]
+    commands = three.replicas[failing].commands
+    assert [command for command in commands if command.startswith(b"before")] == [
+        b"before %d" % number for number in range(5)
+    ]
+    if isinstance(end, Rejected):
+        # An idle journal seals itself: that sync may have been the one to fail, before this write had begun.
+        assert end.refusal is Refusal.STOPPING
+        assert b"its sync fails" not in commands
