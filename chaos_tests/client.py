@@ -53,6 +53,9 @@ class Api:
             connector=aiohttp.TCPConnector(ssl=tls if tls is not None else False, limit=0),
             auto_decompress=False,
         )
+        # aiohttp repeats PUT and DELETE by itself when a kept connection breaks: the first may have been done,
+        # and a failure of the second to connect would be taken for "it never left".
+        self._http._retry_connection = False
 
     async def close(self) -> None:
         await self._http.close()

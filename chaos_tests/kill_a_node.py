@@ -89,7 +89,7 @@ async def once(seed: int, kills: int, out: Path) -> tuple[History, float, list[V
         revisions.check_order(history.operations),
         cluster.check_leaders(history.samples),
         cluster.check_digests(history.samples),
-        product.check_deadlines(history.operations),
+        product.check_deadlines(history.operations, history.loads),
     ]
     return history, slowest, verdicts
 

@@ -72,7 +72,7 @@ async def resets(swarm: Swarm, chance: random.Random, peer: Peer, running: Runni
     running.bit, running.detail = count > 0, f"{count} connections"
 
 
-async def _fetched(swarm: Swarm, peer: Peer, name: str, seconds: float = 150) -> None:
+async def _fetched(swarm: Swarm, peer: Peer, name: str, seconds: float = 300) -> None:
     """A download of its own, which the checkers see."""
     await swarm.download(peer, name, seconds)
 
@@ -158,7 +158,7 @@ async def flash_crowd(swarm: Swarm, chance: random.Random, peer: Peer, running: 
             with suppress(CliError):
                 await swarm.cli(one, "login", user, seconds=60)
                 break
-    transfers = await asyncio.gather(*(swarm.download(one, name, 150) for one in crowd))
+    transfers = await asyncio.gather(*(swarm.download(one, name, 300) for one in crowd))
     running.bit = sum(bool(transfer.got_sha256) for transfer in transfers) == CROWD
     running.detail = f"{CROWD} at once"
     for one in crowd:

@@ -191,7 +191,7 @@ async def _under_faults(
             f"           {fault.target} {fault.detail}{'' if fault.bit else '  (did not bite)'}", flush=True
         )
     if hurting:
-        await asyncio.wait_for(hurting, 300)  # the last one ends as it must
+        await asyncio.wait_for(hurting, 600)  # the last one ends as it must
     return downloads
 
 
@@ -224,7 +224,7 @@ def check(history: History, profile: Profile, nodes: set[str], missing: list[str
         product.check_removals(operations),
         product.check_leases(history.presences, history.lives, LEASE_SECONDS + LEASE_SLACK_SECONDS, 5.0),
         product.check_transfers(history.transfers),
-        product.check_deadlines(operations),
+        product.check_deadlines(operations, history.loads),
         availability.check_minority_gone(history, compounds.MINORITY_GONE),
         availability.check_majority_gone(history, compounds.MAJORITY_GONE),
     ]

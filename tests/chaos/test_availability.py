@@ -82,3 +82,13 @@ def test_a_traceback_in_any_log_is_seen(tmp_path: Path) -> None:
     )
     verdict = product.check_logs(tmp_path)
     assert verdict.result == "violated" and "ValueError" in verdict.message
+
+
+def test_lateness_of_the_machine_itself_is_no_verdict() -> None:
+    late = [write(10, 18)]  # its deadline was at 15
+    assert product.check_deadlines([write(10, 14)]).result == "held"
+    assert product.check_deadlines(late).result == "violated"
+    asleep = h.Load(at_ns=12 * S, runnable=30.0, late_seconds=2.5)
+    assert product.check_deadlines(late, [asleep]).result == "unknown"
+    napping = h.Load(at_ns=12 * S, runnable=30.0, late_seconds=0.5)
+    assert product.check_deadlines(late, [napping]).result == "violated"
