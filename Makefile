@@ -8,7 +8,7 @@ HOURS ?= 1
 SECONDS ?= 60
 SEED ?=
 
-.PHONY: setup demo test lint simulate swarm chaos chaos-nightly chaos-long bench bench-full clean
+.PHONY: setup demo test lint simulate swarm chaos chaos-nightly chaos-long revocation live bench bench-full clean
 
 $(VENV)/.installed: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Trimaran needs Python 3.11 or newer; found $$($(PYTHON) --version). Try: make PYTHON=python3.11"; exit 2; }
@@ -62,6 +62,14 @@ chaos-nightly: setup
 
 chaos-long: setup
 	$(BIN)/python -m chaos_tests.run long --seconds $$(($(HOURS) * 3600)) $(if $(SEED),--seed $(SEED))
+
+# From the acknowledgement of a removal to the last byte served: 50 kicks and other withdrawals, then a blackout.
+revocation: setup
+	$(BIN)/python -m chaos_tests.revocation --keep revocation
+
+# Seeders of 2, 8 and 32 MB/s, one that falls, one that joins, one that goes; namespaces where the user is root.
+live: setup
+	$(BIN)/python -m chaos_tests.live
 
 clean:
 	rm -rf $(VENV) .venv-bench .pytest_cache .mypy_cache .ruff_cache build dist

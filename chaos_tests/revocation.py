@@ -30,6 +30,7 @@ from typing import Any
 import orjson
 from msgspec import Struct, to_builtins
 
+from benchmarks import results
 from chaos_tests.asker import Asker, Member
 from chaos_tests.history import Recorder
 from chaos_tests.people import PASSWORD, Person
@@ -321,16 +322,20 @@ def _environment(values: dict[str, str]) -> Any:
                 os.environ[name] = value
 
 
-def table(trials: list[Trial]) -> str:
-    rows = [f"{'way':14}{'tracker':10}{'trials':>7}{'median s':>10}{'worst s':>9}{'bar s':>7}{'held':>6}"]
+def summary(trials: list[Trial]) -> list[dict[str, Any]]:
+    """A row for each way of withdrawing and each state of the seeder's tracker."""
+    rows = []
     for way, fault in sorted({(t.way, t.fault) for t in trials}):
         these = [t for t in trials if (t.way, t.fault) == (way, fault)]
         seconds = [t.seconds for t in these]
         rows.append(
-            f"{way:14}{fault or 'well':10}{len(these):7}{statistics.median(seconds):10.3f}{max(seconds):9.3f}"
-            f"{these[0].bar_seconds:7.0f}{sum(t.held for t in these):6}"
-        )
-    return "\n".join(rows)
+            {
+                "way": way, "tracker": fault or "well", "trials": len(these),
+                "median_seconds": round(statistics.median(seconds), 3), "worst_seconds": max(seconds),
+                "bar_seconds": these[0].bar_seconds, "held": sum(t.held for t in these),
+            }
+        )  # fmt: skip
+    return rows
 
 
 def main() -> int:
@@ -344,6 +349,7 @@ def main() -> int:
     parser.add_argument("--token-seconds", type=float, default=8.0, help="of the blackout")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("chaos-report/revocation"))
+    parser.add_argument("--keep", default="", help="keep the summary under this name in benchmarks/results")
     parser.add_argument("--no-blackout", action="store_true")
     options = parser.parse_args()
     try:
@@ -356,12 +362,16 @@ def main() -> int:
     except (TrackerError, RuntimeError, TimeoutError) as error:
         print(f"the run broke off: {error}", file=sys.stderr)
         return 1
-    print(table(done))
-    if dark:
-        print(f"blackout: {dark}")
-    result = {"seed": options.seed, "trials": to_builtins(done), "blackout": dark}
+    rows = summary(done)
+    note = f"seconds from the acknowledgement to the last byte served; blackout: {dark}"
+    if options.keep:
+        results.keep(options.keep, rows, note)
+    else:
+        print(results.table(rows))
+    print(note)
+    told = {"seed": options.seed, "trials": to_builtins(done), "blackout": dark}
     path = options.out / "results.json"
-    path.write_bytes(orjson.dumps(result, option=orjson.OPT_INDENT_2))
+    path.write_bytes(orjson.dumps(told, option=orjson.OPT_INDENT_2))
     print(f"results: {path}")
     return int(not all(t.held for t in done) or (dark is not None and not dark["held"]))
 
