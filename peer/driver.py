@@ -32,7 +32,7 @@ log = logging.getLogger("trimaran.peer.download")
 
 TELL_BYTES_SECONDS: Final = 0.1
 SYNC_SECONDS: Final = 2.0
-SYNC_BYTES: Final = 1 << 30
+SYNC_BYTES: Final = 256 << 20  # early, so that little is left for the end, which waits for it
 CHECKS_MAX: Final = (
     6  # pieces being hashed and written; more would only go cold in the caches, and hold memory
 )

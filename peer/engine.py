@@ -162,7 +162,6 @@ class Engine:
 
     async def stop(self) -> None:
         await self.getting.stop()
-        await self.sharing.settled()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

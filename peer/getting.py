@@ -27,7 +27,6 @@ from .hashing import sha256_of
 from .manifest import Manifest, ManifestError
 from .manifests import ManifestFetcher
 from .paths import PathError, check_path
-from .piecemap import boot_id
 from .records import Record
 from .reports import Exit, GetReport, OnProgress, Progress, PsRow, State, TrimaranError
 from .store import (
@@ -366,14 +365,11 @@ class Getting:
         prints = await asyncio.get_running_loop().run_in_executor(engine.long, same_content, target, manifest)
         if prints is None:
             return False
-        whole = msgspec.structs.replace(
-            record, state=State.COMPLETE, reason="", part="", map="", unsynced_boot=boot_id()
-        )
+        whole = msgspec.structs.replace(record, state=State.COMPLETE, reason="", part="", map="")
         await engine.sharing.keep_whole(whole, prints)
         Path(record.map).unlink(missing_ok=True)
         content = Content(target, manifest.layout, prints)
         engine.sharing.offer(whole, manifest, content)
-        engine.sharing.settle(whole, content)
         return True
 
     # --- verbs ----------------------------------------------------------------------------------

@@ -54,8 +54,6 @@ class Record(Struct, frozen=True, kw_only=True):
     map: str = ""
     checksum: bool = False
     received_bytes: int = 0
-    # Set while a whole download may be in memory only: the boot in which that is no harm (`Sharing.settle`).
-    unsynced_boot: str = ""
 
     @property
     def key(self) -> tuple[str, str, str]:

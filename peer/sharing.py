@@ -20,15 +20,13 @@ from cluster.api import types as t
 from cluster.api.errors import TrackerError
 
 from .bitmap import full_mask
-from .content import Content, SourceGoneError
+from .content import Content
 from .hashing import Hashing, Scan, look, scan
 from .home import write_whole
 from .manifest import Algorithm, Manifest, ManifestError
 from .paths import PathError, check_path
-from .piecemap import boot_id
 from .records import Print, Record
 from .reports import Exit, OnProgress, Progress, ShareReport, State, TrimaranError
-from .store import same_content, sync_content
 from .swarm import Swarm
 from .tracker_agent import FactKey
 from .trouble import away, of_tracker
@@ -48,7 +46,6 @@ class Sharing:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.records: dict[FactKey, Record] = {}
-        self._settling: dict[FactKey, asyncio.Task[None]] = {}
 
     # --- sharing anew ---------------------------------------------------------------------------
 
@@ -201,27 +198,6 @@ class Sharing:
         self.records[record.key] = record
         await asyncio.to_thread(self._engine.records.put_whole, record, prints)
 
-    def settle(self, record: Record, content: Content) -> None:
-        """See to it that a download that is whole survives a power failure. Its name and its report do not wait for
-        the disk; until this ends, the record says in which boot it is good without."""
-        if record.unsynced_boot and record.key not in self._settling:
-            task = self._settling[record.key] = asyncio.create_task(self._settle(record, content))
-            task.add_done_callback(lambda _: self._settling.pop(record.key))
-
-    async def _settle(self, record: Record, content: Content) -> None:
-        try:
-            await asyncio.get_running_loop().run_in_executor(self._engine.long, sync_content, content)
-        except (OSError, SourceGoneError) as error:
-            log.warning("%s is complete, but syncing it failed: %s", record.path, error)
-            return
-        kept = self.records.get(record.key)
-        if kept is not None and kept.unsynced_boot:
-            await self.keep(msgspec.structs.replace(kept, unsynced_boot=""))
-
-    async def settled(self) -> None:
-        """Wait until everything that is whole is on the disk."""
-        await asyncio.gather(*self._settling.values(), return_exceptions=True)
-
     def offer(self, record: Record, manifest: Manifest, content: Content) -> Swarm:
         """From now on this is served to the record's group."""
         engine = self._engine
@@ -301,30 +277,15 @@ class Sharing:
             )
             if not same:
                 state = State.MISSING if reason.endswith("is gone") else State.CHANGED
-            elif record.unsynced_boot and record.unsynced_boot != boot_id():
-                state, reason = await self._after_power_failure(record, manifest)
-                record = msgspec.structs.replace(record, unsynced_boot="")
-                await self.keep(record)
         if (state, reason) != (record.state, record.reason):
             record = msgspec.structs.replace(record, state=state, reason=reason)
             await self.keep(record)
         if state is State.COMPLETE and manifest is not None and known is not None:
             content = Content(Path(record.path), manifest.layout, known[1])
             self.offer(record, manifest, content)
-            self.settle(record, content)
         else:
             log.warning("not offered: %s/%s: %s", record.group, record.name, reason)
         return record
-
-    async def _after_power_failure(self, record: Record, manifest: Manifest) -> tuple[State, str]:
-        """The machine went down before this was known to be on the disk: is it?"""
-        path = Path(record.path)
-        found = await asyncio.get_running_loop().run_in_executor(
-            self._engine.long, same_content, path, manifest
-        )
-        if found is not None:
-            return State.COMPLETE, ""
-        return State.CHANGED, f"the machine stopped before {path} was on the disk: move it away, get it again"
 
     async def look_now_and_then(self) -> None:
         """Notice what changed or went away though nobody asks for it."""

@@ -223,9 +223,8 @@ class PartStore:
     # --- the end --------------------------------------------------------------------------------
 
     def finish(self) -> list[Print]:
-        """Set modes, rename to the target. Returns what the files look like. When the target exists, the same
-        content counts as done; other content raises TrimaranError(conflict). Raises OSError. Syncing what was
-        not synced before is the caller's, after (`sync_content`)."""
+        """Set modes, sync, rename to the target, sync its folder. Returns what the files look like. When the target
+        exists, the same content counts as done; other content raises TrimaranError(conflict). Raises OSError."""
         layout = self.manifest.layout
         mask = os.umask(0)
         os.umask(mask)
@@ -233,6 +232,7 @@ class PartStore:
             os.fchmod(self._single, (0o777 if layout.files[0].executable else 0o666) & ~mask)
         else:
             self._set_modes(mask)
+        self._sync_data()
         try:
             rename_new(self.part, self.target)
         except FileExistsError as error:

@@ -20,7 +20,6 @@ from .bitmap import from_wire, mask_of
 from .content import Content
 from .driver import DownloadDriver
 from .manifest import Manifest
-from .piecemap import boot_id
 from .records import Record
 from .reports import Exit, State, TrimaranError
 from .reuse import Here, copy_what_is_here
@@ -217,9 +216,7 @@ class Course:
         """Everything is here: under its name with it, and offered as a share from now on."""
         engine = self._engine
         prints = await asyncio.get_running_loop().run_in_executor(engine.long, store.finish)
-        record = msgspec.structs.replace(
-            transfer.record, state=State.COMPLETE, reason="", part="", map="", unsynced_boot=boot_id()
-        )
+        record = msgspec.structs.replace(transfer.record, state=State.COMPLETE, reason="", part="", map="")
         # A kill before this leaves a record whose part is gone and whose target is whole, which the next start
         # notices (`_came_through`).
         await engine.sharing.keep_whole(record, prints)
@@ -233,7 +230,6 @@ class Course:
         transfer.store = None
         content = Content(Path(record.path), transfer.manifest.layout, prints)
         engine.sharing.offer(record, transfer.manifest, content)
-        engine.sharing.settle(record, content)
 
     def _unoffer(self, transfer: Transfer, swarm: Swarm, store: PartStore) -> None:
         engine = self._engine
