@@ -27,8 +27,9 @@ class Terminal:
     def __init__(self, environment: dict[str, str], *argv: str) -> None:
         self.pid, self.descriptor = pty.fork()
         if self.pid == 0:
+            # Here, not by the parent: who starts first must not decide how wide the terminal is.
+            fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 120, 0, 0))
             os.execve(COMMAND, [COMMAND, *argv], CLEAN | {"TERM": "xterm-256color"} | environment)
-        fcntl.ioctl(self.descriptor, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 120, 0, 0))
         self.seen = ""
         self._read_until = 0
 
