@@ -110,7 +110,6 @@ class Announcers:
         between = f"'{before}\"pieces\":' .. said .. '{after}'" if changes else f"'{body}'"
         return f"""
 local owners = {{{owners}}}
-local id = 0
 local threads = 0
 function setup(thread) thread:set("id", threads); threads = threads + 1 end
 local mine, place, n, said = {{}}, 0, 0, 0

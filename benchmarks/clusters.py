@@ -80,8 +80,13 @@ class Cluster(ABC):
     def leader(self) -> int | None: ...
 
     @abstractmethod
+    def revision(self) -> int:
+        """The store's own count of changes, as the leader knows it."""
+
+    @abstractmethod
     def load_script(self) -> str:
-        """A Lua script for `wrk`: each request is one acknowledged write of about `VALUE_BYTES`."""
+        """A Lua script for `wrk`: each request is one acknowledged write of about `VALUE_BYTES`. `id` is the
+        thread's number, a global: what `setup` sets is not seen by a local."""
 
     @abstractmethod
     def write_once(self, number: int, sequence: int, seconds: float) -> bool:
@@ -135,11 +140,17 @@ class Etcd(Cluster):
                 return i
         return None
 
+    def revision(self) -> int:
+        leader = self.leader()
+        assert leader is not None
+        header = ask(f"{self.urls[leader]}/v3/maintenance/status", "POST", {})[1]["header"]
+        assert isinstance(header, dict)
+        return int(header["revision"])
+
     def load_script(self) -> str:
         value = base64.b64encode(b"v" * VALUE_BYTES).decode()
         return f"""
 local n = 0
-local id = 0
 local threads = 0
 function setup(thread) thread:set("id", threads); threads = threads + 1 end
 function init(args) math.randomseed(id + 1) end
@@ -227,11 +238,15 @@ class Trimaran(Cluster):
                 return i
         return None
 
+    def revision(self) -> int:
+        leader = self.leader()
+        assert leader is not None
+        return int(str(ask(f"{self.urls[leader]}/v1/status")[1]["revision"]))
+
     def load_script(self) -> str:
         """Publishing a file's new version: sign-in checked, rights checked, a synced, replicated change."""
         return f"""
 local n = 0
-local id = 0
 local threads = 0
 function setup(thread) thread:set("id", threads); threads = threads + 1 end
 local seed = 0

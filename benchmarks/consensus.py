@@ -108,8 +108,11 @@ def compare_writes(
 
 
 def write_load(cluster: Cluster, clients: int, seconds: int) -> dict[str, float]:
-    """One run of `wrk` against the leader."""
+    """One run of `wrk` against the leader. Each acknowledged write must have been one of its own."""
+    before = cluster.revision()
     said, cpu = _measured(cluster, cluster.load_script(), clients, seconds)
+    changed = cluster.revision() - before
+    assert changed >= said["acknowledged"], f"{said['acknowledged']} acknowledged, {changed} changes"
     return {
         "writes_per_second": said["per_second"],
         "p50_ms": said["p50_ms"],
@@ -129,7 +132,9 @@ def announce(cluster: Trimaran, rounds: int, seconds: int, keep: Callable[..., N
             before = announcers.logged()
             said, cpu = _measured(cluster, announcers.script(changes=True), clients, seconds)
             changed = announcers.logged() - before
-            assert changed >= said["acknowledged"], "each call must have changed something"
+            assert changed >= said["acknowledged"], (
+                f"each call must have changed something: {changed}, {said}"
+            )
             calls.append(
                 {
                     "announce_calls_per_second": said["per_second"],
