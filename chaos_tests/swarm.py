@@ -24,6 +24,8 @@ from chaos_tests.history import FOREVER_NS, Life, Presence, Recorder, Transfer
 from chaos_tests.proxy import Link
 from chaos_tests.rig import free_ports
 from chaos_tests.workload import PASSWORD
+from peer import control
+from peer.reports import GetReport, Progress, TrimaranError
 
 CLI = [sys.executable, "-m", "trimaran"]
 ROOT = Path(__file__).parents[1]
@@ -31,6 +33,7 @@ ROOT = Path(__file__).parents[1]
 
 SETTLE_SECONDS = 5.0  # what was just shared is told to the trackers by then
 SMALL_DISK_BYTES = 256 << 20
+PROGRESS_EVERY_NS = 1_000_000_000
 
 
 class CliError(RuntimeError):
@@ -159,8 +162,6 @@ class Swarm:
         else:
             raise RuntimeError(f"{peer.name} does not start: {peer.log.read_text(errors='replace')[-500:]}")
         peer.life = Life(peer_id=peer.peer_id, from_ns=self.recorder.now_ns(), to_ns=FOREVER_NS)
-        with contextlib.suppress(CliError):
-            await self.cli(peer, "peer", "limits", "--up", self.rate)
         peer.running.set()
 
     async def _started(self, peer: Peer) -> bool:
@@ -168,7 +169,7 @@ class Swarm:
         before = peer.log.stat().st_size if peer.log.exists() else 0
         with peer.log.open("ab") as log:
             peer.process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "chaos_tests.peer_entry", "peer", "run", *self._common(peer), "--json",
+                sys.executable, "-m", "chaos_tests.peer_entry", "peer", "run", *self._common(peer), "--json", "--up", self.rate,
                 "--listen", f"127.0.0.1:{peer.port}", "--advertise", f"https://127.0.0.1:{peer.link.port}",
                 stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT,
                 env={**os.environ, "TRIMARAN_RIG_LIE": "0.05" if peer.lies else ""},
@@ -235,20 +236,18 @@ class Swarm:
             peer=peer.name, group=self.group, name=name, begin_ns=self.recorder.now_ns(),
             size_bytes=shared.size_bytes, wanted_sha256=shared.sha256, progress=[],
         )  # fmt: skip
-        follow = asyncio.create_task(self._follow(peer, name, transfer))
         until = asyncio.get_running_loop().time() + seconds
         try:
             while not transfer.got_sha256 and (left := until - asyncio.get_running_loop().time()) > 0:
                 try:
                     await asyncio.wait_for(peer.running.wait(), left)
-                    await self.cli(peer, "get", f"{self.group}/{name}", "-o", str(peer.target), seconds=left)
+                    await self._get(peer, name, transfer, left)
                     transfer.exit_code = 0
                     transfer.got_sha256 = await asyncio.to_thread(_sha256, peer.target / name)
                 except (CliError, TimeoutError) as error:
                     transfer.exit_code = error.code if isinstance(error, CliError) else -1
                     await asyncio.sleep(0.5)
         finally:
-            follow.cancel()
             transfer.end_ns = self.recorder.now_ns()
             self.recorder.add(transfer)
         return transfer
@@ -278,15 +277,31 @@ class Swarm:
                     await self.share_new(f"source-{number}.bin", size_bytes, seeders)
             number += 1
 
-    async def _follow(self, peer: Peer, name: str, transfer: Transfer) -> None:
-        while True:
-            await asyncio.sleep(2.0)
-            await peer.running.wait()
-            with contextlib.suppress(CliError, ValueError, KeyError):
-                rows = json.loads(await self.cli(peer, "ps", seconds=10))
-                row = next((row for row in rows if row["name"] == name), None)
-                if row:
-                    transfer.progress.append((self.recorder.now_ns(), row["done_bytes"]))
+    async def _get(self, peer: Peer, name: str, transfer: Transfer, seconds: float) -> None:
+        """Of a peer that runs, as the command asks it: through its control socket, without a process for each
+        (dozens of them would be the heaviest load of a run). Of one that does not: the command itself. Raises
+        `CliError`."""
+        if peer.process is None:
+            await self.cli(peer, "get", f"{self.group}/{name}", "-o", str(peer.target), seconds=seconds)
+            return
+        given = {
+            "group": self.group, "name": name, "target_folder": str(peer.target), "down_bytes_per_second": 0,
+            "checksum": False,
+        }  # fmt: skip
+
+        def follow(progress: Progress) -> None:
+            now = self.recorder.now_ns()
+            if not transfer.progress or now > transfer.progress[-1][0] + PROGRESS_EVERY_NS:
+                transfer.progress.append((now, progress.done_bytes))
+
+        socket = peer.home / "control.sock"
+        try:
+            async with asyncio.timeout(seconds):
+                await control.call(socket, "get", given, GetReport, follow)
+        except TrimaranError as error:
+            raise CliError(str(error), int(error.exit_code)) from None
+        except (OSError, TimeoutError) as error:
+            raise CliError(f"{peer.name}: {error!r}", -1) from None
 
     async def observe(self, api: Api, nodes: list[str], stop: asyncio.Event) -> None:
         """Read the swarms, linearizably, again and again."""
