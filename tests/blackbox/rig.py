@@ -23,7 +23,11 @@ from warm import run_warm
 COMMAND = str(Path(sys.executable).with_name("trimaran"))
 PASSWORD = "correct horse battery"
 INSTALLED = bool(os.environ.get("TRIMARAN_INSTALLED") or os.environ.get("TRIMARAN_FULL"))
-CLEAN = {name: value for name, value in os.environ.items() if not name.startswith("TRIMARAN_")}
+CLEAN = {
+    name: value
+    for name, value in os.environ.items()
+    if not name.startswith("TRIMARAN_") and name not in ("COLUMNS", "LINES")  # a test runner sets them
+}
 
 
 @dataclass(frozen=True)
