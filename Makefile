@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 FILE ?=
 SEEDS ?= 1000
+JOBS ?= 2
 HOURS ?= 1
 SECONDS ?= 60
 SEED ?=
@@ -23,7 +24,7 @@ demo: setup
 	@$(BIN)/trimaran demo $(if $(FILE),--file "$(FILE)")
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS)
 
 # Simulated swarms, the long ones too (a flash crowd of 500, more seeds, an outage of an hour): some minutes.
 swarm: setup
