@@ -24,7 +24,7 @@ from state_machine.model import split_swarm_key, swarm_key
 from state_machine.outcomes import AnnounceValue
 
 BATCH_BYTES_MAX: Final = limits.COMMAND_BYTES_MAX // 2
-BATCH_ANNOUNCEMENTS: Final = 16  # enough to share an entry's cost: more come along with the next
+BATCH_ANNOUNCEMENTS: Final = 16  # enough to share an entry's cost
 
 ProposeBatch = Callable[[AnnouncePeers], Awaitable[tuple[AnnounceValue, ...]]]
 _encoder = msgspec.msgpack.Encoder()
@@ -96,11 +96,15 @@ class Announcer:
         future: asyncio.Future[AnnounceValue] = loop.create_future()
         self._waiting.append((announcement, future))
         self._waiting_bytes += size
-        if len(self._waiting) >= BATCH_ANNOUNCEMENTS:
-            self._send()
-        elif self._timer is None:
+        if self._timer is None:
             self._timer = loop.call_later(self._window_seconds, self._send)
+        self._send_if_enough()
         return future
+
+    def _send_if_enough(self) -> None:
+        # While a batch is under way the next one grows: the busier, the more share an entry.
+        if len(self._waiting) >= BATCH_ANNOUNCEMENTS and not self._sending:
+            self._send()
 
     def _send(self) -> None:
         if self._timer is not None:
@@ -110,7 +114,11 @@ class Announcer:
         if batch:
             task = asyncio.get_running_loop().create_task(self._send_batch(batch))
             self._sending.add(task)
-            task.add_done_callback(self._sending.discard)
+            task.add_done_callback(self._sent)
+
+    def _sent(self, task: asyncio.Task[None]) -> None:
+        self._sending.discard(task)
+        self._send_if_enough()
 
     async def _send_batch(self, batch: list[tuple[Announcement, asyncio.Future[AnnounceValue]]]) -> None:
         command = AnnouncePeers(tuple(announcement for announcement, _ in batch), self._wall_ms())

@@ -31,6 +31,8 @@ class _Log:
     def __init__(self, window_seconds: float) -> None:
         self.machine = StateMachine()
         self.batches: list[AnnouncePeers] = []
+        self.under_way = asyncio.Event()  # set: nothing is held up
+        self.under_way.set()
         self.apply(RegisterUser("anna", "$argon2id$x", 1))
         self.apply(CreateGroup("boats", "anna", 1))
         self.apply(
@@ -52,7 +54,7 @@ class _Log:
 
     async def _propose(self, command: AnnouncePeers) -> tuple[AnnounceValue, ...]:
         self.batches.append(command)
-        await asyncio.sleep(0)
+        await self.under_way.wait()
         values: tuple[AnnounceValue, ...] = self.apply(command).value
         return values
 
@@ -90,3 +92,22 @@ async def test_those_that_follow_a_full_batch_are_sent_when_their_window_ends() 
     async with asyncio.timeout(5):
         await asyncio.gather(*tasks)
     assert [len(batch.announcements) for batch in log.batches] == [BATCH_ANNOUNCEMENTS, 3]
+
+
+async def test_while_one_batch_is_under_way_the_next_one_grows() -> None:
+    log = _Log(FOREVER_SECONDS)
+    log.under_way.clear()
+    tasks = [log.announce(number, 1) for number in range(BATCH_ANNOUNCEMENTS)]
+    while not log.batches:
+        await asyncio.sleep(0)
+    tasks += [log.announce(number, 2) for number in range(BATCH_ANNOUNCEMENTS + 5)]
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert len(log.batches) == 1
+    log.under_way.set()
+    async with asyncio.timeout(5):
+        await asyncio.gather(*tasks)
+    assert [len(batch.announcements) for batch in log.batches] == [
+        BATCH_ANNOUNCEMENTS,
+        BATCH_ANNOUNCEMENTS + 5,
+    ]
