@@ -112,6 +112,7 @@ class TrackerAgent:
         self._dirty = asyncio.Event()
         self._groups: set[str] = set()
         self._expired: set[str] = set()
+        self._renewals: set[str] = set()  # under way
         self._regroup = asyncio.Event()
         self._kept = self._load()
         self.known = Known(records, user)
@@ -339,17 +340,22 @@ class TrackerAgent:
                 if self.token(group) is None and group not in self._expired:
                     self._expired.add(group)
                     self._events.token_expired(group)
-                if self._old(group):
-                    await self._try_renew(group)
+                # Not waited for: where no tracker answers it takes long, and tokens end meanwhile.
+                if self._old(group) and group not in self._renewals:
+                    self._renewals.add(group)
+                    self._later(self._try_renew(group))
             now = time.monotonic()
             if now >= certify_at and self._identity.renew_in_seconds() <= 0:
                 certify_at = now + 60.0
-                with contextlib.suppress(TrackerError):
-                    await self.certify()
+                self._later(self._try_certify())
             self._events.rights_changed()  # tokens of others end by themselves, too
             if self.known.changed and now >= known_saved_at:
                 known_saved_at = now + KNOWN_SAVED_SECONDS
                 await asyncio.to_thread(self._records.put_setting, *self.known.packed())
+
+    async def _try_certify(self) -> None:
+        with contextlib.suppress(TrackerError):
+            await self.certify()
 
     async def _try_renew(self, group: str) -> None:
         try:
@@ -359,6 +365,8 @@ class TrackerAgent:
                 self._events.group_lost(group, "this user is no longer a member of the group")
             elif isinstance(error, ApiProblem) and error.code == "unauthenticated":
                 self._end_session()
+        finally:
+            self._renewals.discard(group)
 
     def _end_session(self) -> None:
         if not self.session_ended:
