@@ -51,6 +51,7 @@ bench: .venv-bench/.installed
 
 bench-full: .venv-bench/.installed
 	$(BIN)/python -m benchmarks.swarm --full
+	$(BIN)/python -m benchmarks.sparse
 	$(BIN)/python -m benchmarks.consensus
 
 chaos: setup

@@ -213,7 +213,7 @@ def main() -> int:
     parser.add_argument("--scale", type=float, default=1.0)
     parser.add_argument("--keep", default="swarm", help="the name of the results file; empty: keep none")
     options = parser.parse_args()
-    rounds = options.rounds or (5 if options.full else 3)
+    rounds = options.rounds or (5 if options.full else 2)
     only = set(filter(None, options.only.split(",")))
     chosen = set(filter(None, options.contenders.split(",")))
     rows: list[dict[str, Any]] = []
