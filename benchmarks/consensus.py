@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -35,6 +36,7 @@ Samples = dict[str, list[dict[str, float]]]
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was started is stopped then, too
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.consensus", description=__doc__.splitlines()[0]
     )
