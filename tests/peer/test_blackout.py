@@ -5,12 +5,27 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import AsyncIterator
 from pathlib import Path
 
+import pytest
+from aiohttp import web
 from conftest import Peers, get, share, until
-from trackers import Trackers
+from trackers import Trackers, running
 
+from peer.reports import Limits, PsRow, State
 from peer.session import LocalSession
+from peer.swarm_events import WaitReason
+
+NOTICED = {
+    reason.value
+    for reason in (
+        WaitReason.TOKEN_EXPIRED,
+        WaitReason.REFUSED,
+        WaitReason.NO_PEERS,
+        WaitReason.NO_PEERS_NO_TRACKER,
+    )
+}
 
 
 async def all_gone(trackers: Trackers) -> None:
@@ -98,3 +113,87 @@ async def test_what_was_taken_off_is_forgotten(peers: Peers, tmp_path: Path) -> 
     engine = ben._engine
     assert engine is not None
     await until(lambda: engine.agent.known.file("boats", "hull.bin") is None)
+
+
+@pytest.fixture
+async def short(tmp_path: Path) -> AsyncIterator[Peers]:
+    """Tokens that live for twelve seconds."""
+    async with running(tmp_path / "trackers", 2, changes={"token_seconds": 12.0}) as trackers:
+        made = Peers(trackers, tmp_path)
+        try:
+            yield made
+        finally:
+            await made.close_all()
+
+
+async def unreachable(trackers: Trackers) -> None:
+    """Nobody listens, and what was connected is cut. The services go on."""
+    for node in trackers.nodes:
+        for site in list(node.runner.sites):
+            await site.stop()
+        assert node.runner.server is not None
+        for connection in node.runner.server.connections:
+            if connection.transport is not None:
+                connection.transport.abort()
+
+
+async def reachable(trackers: Trackers) -> None:
+    for node in trackers.nodes:
+        await web.TCPSite(node.runner, "127.0.0.1", node.port).start()
+
+
+async def test_after_its_token_a_download_waits_says_why_and_goes_on(short: Peers, tmp_path: Path) -> None:
+    source = tmp_path / "hull.bin"
+    source.write_bytes(os.urandom(40 << 20))
+    ada = await short.open("ada", up_bytes_per_second=1 << 20)
+    ben = await short.open("ben")
+    await share(ada, source)
+    getting = asyncio.create_task(get(ben, "hull.bin", tmp_path / "there"))
+
+    async def row() -> PsRow | None:
+        return next(iter(await ben.ps()), None)
+
+    async def wait_for(state: State, seconds: float, reason: str = "") -> PsRow:
+        async with asyncio.timeout(seconds):
+            while True:
+                found = await row()
+                if found is not None and found.state is state and found.done_bytes and reason in found.reason:
+                    return found
+                await asyncio.sleep(0.02)
+
+    try:
+        await wait_for(State.DOWNLOADING, 15)
+        # An outage much shorter than half a life: it moves on, and nobody says anything.
+        before = await row()
+        await unreachable(short.trackers)
+        until_at = asyncio.get_running_loop().time() + 1.5
+        while asyncio.get_running_loop().time() < until_at:
+            seen = await row()
+            assert seen is not None
+            assert seen.reason not in NOTICED
+            await asyncio.sleep(0.05)
+        await reachable(short.trackers)
+        assert before is not None
+        assert seen.done_bytes > before.done_bytes
+        engine = ben._engine
+        assert engine is not None
+        await until(lambda: not engine.agent.away and not engine.agent._old("boats"))
+        # A long one: at the token's end it waits, and says so.
+        await unreachable(short.trackers)
+        waiting = await wait_for(State.WAITING, 25, WaitReason.TOKEN_EXPIRED.value)
+        await asyncio.sleep(1.0)
+        still = await row()
+        assert still is not None
+        assert still.done_bytes == waiting.done_bytes, "it got pieces without a token"
+        assert not getting.done()
+        # They are back: nobody has to do anything.
+        await reachable(short.trackers)
+        moved = await wait_for(State.DOWNLOADING, 30)
+        assert moved.done_bytes >= still.done_bytes
+        assert ada._engine is not None
+        ada._engine.set_limits(Limits())
+        await asyncio.wait_for(getting, 60)
+        assert (tmp_path / "there/hull.bin").read_bytes() == source.read_bytes()
+    finally:
+        getting.cancel()
+        await asyncio.gather(getting, return_exceptions=True)

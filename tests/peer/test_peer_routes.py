@@ -7,6 +7,7 @@ what they are told of a manifest that is here is, to the byte, what they are tol
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import ssl
 import time
@@ -289,3 +290,27 @@ async def test_not_a_byte_is_sent_after_a_token_ends(here: Here) -> None:
         writer.transport.abort()
     assert 0 < got < len(here.first_piece)
     assert last < ends + 250
+
+
+async def test_past_its_queue_a_peer_says_busy_and_when_to_come_back(here: Here) -> None:
+    """A member that asks for more than its share at once is told 429, honestly, and keeps what it was granted."""
+    here.server._up.set_rate(256 * 1024, asyncio.get_running_loop().time())
+    tls, token = here.parties["ben"].tls, here.token("ben")
+    asked = requests(here.manifest_id)["/v1/swarms/{manifest_id}/pieces/{index}"]
+    asking = {asyncio.create_task(here.ask(asked, tls, token)) for _ in range(56)}
+    busy: list[tuple[int, str, bytes]] = []
+    try:
+        async with asyncio.timeout(30):
+            while not busy:
+                done, asking = await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
+                busy += [answer for task in done if (answer := task.result())[0] == 429]
+        _, head, body = busy[0]
+        told = json.loads(body)
+        assert told["code"] == "busy"
+        assert 0 < told["retry_after_seconds"] <= 10.0
+        assert "retry-after: " in head.lower()
+        assert here.server.sendings
+    finally:
+        for task in asking:
+            task.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
