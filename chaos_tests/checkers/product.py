@@ -139,7 +139,10 @@ def check_logs(folder: Path) -> Verdict:
 def check_honesty(history: History, operations_per_second_min: float, kinds: set[str]) -> Verdict:
     """The run was worth something: enough acknowledged work, and every kind of fault bit."""
     name = "the run bit"
-    seconds = max(history.end_ns, 1) / 1e9
+    begun_ns = min(
+        (operation.call_ns for operation in history.operations), default=0
+    )  # setting up does not count
+    seconds = max((history.healed_ns or history.end_ns) - begun_ns, 1) / 1e9
     acknowledged = sum(o.end in ("ok", "refused") for o in history.operations)
     rate = acknowledged / seconds
     if rate < operations_per_second_min:
