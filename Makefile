@@ -24,7 +24,7 @@ demo: setup
 	@$(BIN)/trimaran demo $(if $(FILE),--file "$(FILE)")
 
 test: setup
-	$(BIN)/python -m pytest -n $(JOBS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 # Simulated swarms, the long ones too (a flash crowd of 500, more seeds, an outage of an hour): some minutes.
 swarm: setup

@@ -24,7 +24,7 @@ from cluster.api.errors import TrackerError
 from cluster.api.types import WatchMessage
 from peer.manifest import Manifest
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.xdist_group("live rights")]
 MOVE_ON_SECONDS = 1.0
 
 
