@@ -53,6 +53,7 @@ bench-full: .venv-bench/.installed
 	$(BIN)/python -m benchmarks.swarm --full
 	$(BIN)/python -m benchmarks.sparse
 	$(BIN)/python -m benchmarks.consensus
+	$(BIN)/python -m benchmarks.million
 
 chaos: setup
 	$(BIN)/python -m chaos_tests.run smoke $(if $(SEED),--seed $(SEED))
