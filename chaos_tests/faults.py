@@ -185,7 +185,10 @@ async def majorities_ring(rig: Rig, chance: random.Random, running: Running) -> 
 
 
 async def slow_links(rig: Rig, chance: random.Random, running: Running) -> None:
-    ways = [rig.way(a, b) for a in rig.node_ids for b in rig.node_ids if a != b and chance.random() < 0.6]
+    all_ways = [(a, b) for a in rig.node_ids for b in rig.node_ids if a != b]
+    ways = [
+        rig.way(a, b) for a, b in chance.sample(all_ways, chance.randint(len(all_ways) // 3, len(all_ways)))
+    ]
     before = sum(way.bitten for way in ways)
     delay = chance.choice([0.02, 0.08, 0.2])
     running.target, running.detail = f"{len(ways)} links", f"{delay} s"

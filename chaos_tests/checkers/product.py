@@ -10,6 +10,7 @@ from chaos_tests.checkers.verdict import Verdict, held, violated
 from chaos_tests.history import History, Life, Load, Operation, Presence, Transfer
 
 DEADLINE_SLACK_SECONDS = 1.0
+READING_GAP_SECONDS = 3.0
 
 
 def check_removals(operations: list[Operation]) -> Verdict:
@@ -51,13 +52,17 @@ def check_leases(
 ) -> Verdict:
     """A silent peer is gone `gone_within_seconds` after its silence began; one that has been announcing
     for `settle_seconds` is never missing. Presences are linearizable readings, so a cluster without a
-    leader gives none."""
+    leader gives none, and a gap in them is a time in which nobody could announce: who came in it has
+    `settle_seconds` from its end."""
     name = "leases are true"
     by_peer: dict[str, list[Life]] = defaultdict(list)
     for life in lives:
         by_peer[life.peer_id].append(life)
     checked = 0
-    for presence in presences:
+    listed: set[tuple[str, int]] = set()
+    available_ns: int | None = None  # since when readings have come without a gap
+    last_ns = 0
+    for presence in sorted(presences, key=lambda presence: presence.at_ns):
         spans = by_peer.get(presence.peer_id, [])
         alive = any(
             life.from_ns + settle_seconds * 1e9 <= presence.call_ns and presence.at_ns <= life.to_ns
@@ -67,9 +72,17 @@ def check_leases(
         long_gone = bool(begun) and all(
             life.to_ns + gone_within_seconds * 1e9 < presence.call_ns for life in begun
         )
+        if presence.seen and alive:
+            listed.add((presence.peer_id, max(life.from_ns for life in begun)))
+        if available_ns is None or presence.call_ns > last_ns + READING_GAP_SECONDS * 1e9:
+            available_ns = presence.call_ns
+        last_ns = max(last_ns, presence.at_ns)
         if alive:
             checked += 1
-            if not presence.seen:
+            # A peer that came while nobody could be told has as long from when somebody could.
+            was_listed = (presence.peer_id, max(life.from_ns for life in begun)) in listed
+            settled = available_ns + settle_seconds * 1e9 <= presence.call_ns
+            if not presence.seen and (was_listed or settled):
                 return violated(
                     name, checked, f"living peer {presence.peer_id[:8]} was dropped", presence.at_ns
                 )

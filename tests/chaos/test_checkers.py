@@ -169,7 +169,9 @@ def test_leases_lie_in_two_ways() -> None:
         return result(product.check_leases(list(presences), lives, gone_within_seconds=5, settle_seconds=2))
 
     assert run(seen(1, False), seen(10, True), seen(23, True), seen(26, False)) == "held"
-    assert run(seen(10, False)) == "violated"
+    assert run(seen(6, False), seen(8, False), seen(10, False)) == "violated", "it never came"
+    assert run(seen(10, True), seen(16, False)) == "violated", "it was dropped"
+    assert run(seen(10, False)) == "held", "nobody could be told before"
     assert run(seen(26, True)) == "violated"
 
 
