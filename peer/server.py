@@ -30,7 +30,7 @@ from .bitmap import BitmapError, from_wire
 from .content import OpenFiles, SourceGoneError
 from .pacer import Pacer
 from .sender import Busy, UploadQueue
-from .sending import CutError, PieceSender, Sending
+from .sending import BLOCKED_SECONDS_MAX, CutError, PieceSender, Sending
 from .swarm import Swarm, Swarms
 
 CONNECTIONS_MAX: Final = 1024
@@ -38,6 +38,8 @@ BODY_BYTES_MAX: Final = 1 << 20
 MANIFEST_WRITE_BYTES: Final = 256 * 1024
 QUEUE_SECONDS_MAX: Final = 8.0
 HANDSHAKE_SECONDS: Final = 10.0
+SILENT_SECONDS_MAX: Final = 30.0  # a connection's first request must be whole by then
+BODY_SECONDS_MAX: Final = 10.0
 _MANIFEST_ID: Final = r"{manifest_id:[0-9a-f]{64}}"
 _RANGE: Final = re.compile(r"bytes=(\d{1,12})-(\d{1,12})?")
 
@@ -89,6 +91,7 @@ class PieceServer:
         self._tickets = itertools.count(1)
         self._granted: dict[int, asyncio.Future[None]] = {}
         self._callers: weakref.WeakKeyDictionary[asyncio.BaseTransport, str] = weakref.WeakKeyDictionary()
+        self._silent: dict[web.RequestHandler, asyncio.TimerHandle] = {}
         self._tls = False
         self._runner: web.AppRunner | None = None
         self._listener: asyncio.Server | None = None
@@ -113,11 +116,17 @@ class PieceServer:
         server = self._runner.server
         assert server is not None
 
+        loop = asyncio.get_running_loop()
+
         def connection() -> asyncio.Protocol:
             # Past the bound the connection is closed at once: those inside keep what they have.
-            return server() if len(server.connections) < CONNECTIONS_MAX else _Full()
+            if len(server.connections) >= CONNECTIONS_MAX:
+                return _Full()
+            opened = server()
+            self._silent[opened] = loop.call_later(SILENT_SECONDS_MAX, self._end_silent, opened)
+            return opened
 
-        self._listener = await asyncio.get_running_loop().create_server(
+        self._listener = await loop.create_server(
             connection,
             host or None,
             port,
@@ -133,8 +142,16 @@ class PieceServer:
             self._listener.close()
         for sending in list(self._sendings):
             sending.cut("this peer is stopping")
+        for timer in self._silent.values():
+            timer.cancel()
+        self._silent.clear()
         if self._runner is not None:
             await self._runner.cleanup()
+
+    def _end_silent(self, connection: web.RequestHandler) -> None:
+        """It asked for nothing: there are only so many connections, and each costs a descriptor."""
+        self._silent.pop(connection, None)
+        connection.force_close()
 
     def recheck(self) -> None:
         """Something was withdrawn: end every transfer whose right is gone."""
@@ -211,12 +228,13 @@ class PieceServer:
         if not file.is_file():
             raise _Refusal(404, "not-held", "This peer does not hold that for this group.")
         # Not a FileResponse: over TLS its sendfile fallback fails with an error of its own when the asker goes away.
-        data = await asyncio.to_thread(file.read_bytes)
+        data = memoryview(await asyncio.to_thread(file.read_bytes))
         response = web.StreamResponse(headers={"Content-Type": "application/msgpack"})
         response.content_length = len(data)
         await response.prepare(request)
         for start in range(0, len(data), MANIFEST_WRITE_BYTES):
-            await response.write(memoryview(data)[start : start + MANIFEST_WRITE_BYTES])
+            async with asyncio.timeout(BLOCKED_SECONDS_MAX):  # who takes nothing is dropped
+                await response.write(data[start : start + MANIFEST_WRITE_BYTES])
         await response.write_eof()
         return response
 
@@ -228,6 +246,9 @@ class PieceServer:
         start, length, status = _range(request, swarm.manifest.layout.piece_length(index))
         ticket = await self._slot(claims)
         try:
+            claims, swarm = self._admit(request)  # it may have waited
+            if not swarm.has(index):
+                raise _Refusal(404, "piece-not-held", "This peer does not have that piece.")
             return await self._send(request, claims, swarm, index, start, length, status)
         finally:
             self._free(ticket)
@@ -235,7 +256,9 @@ class PieceServer:
     async def _next(self, request: web.Request) -> web.StreamResponse:
         claims, swarm = self._admit(request)
         try:
-            body = msgspec.msgpack.decode(await request.read(), type=NextBody)
+            async with asyncio.timeout(BODY_SECONDS_MAX):
+                data = await request.read()
+            body = msgspec.msgpack.decode(data, type=NextBody)
             want = from_wire(body.want, swarm.manifest.pieces)
         except (msgspec.DecodeError, BitmapError) as error:
             raise _Refusal(400, "bad-body", f"The body is not what it must be: {error}.") from error
@@ -359,6 +382,8 @@ class PieceServer:
     async def _answer_refusals(
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
+        if (timer := self._silent.pop(request.protocol, None)) is not None:
+            timer.cancel()
         try:
             return await handler(request)
         except _Refusal as refusal:

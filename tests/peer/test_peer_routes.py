@@ -314,3 +314,76 @@ async def test_past_its_queue_a_peer_says_busy_and_when_to_come_back(here: Here)
         for task in asking:
             task.cancel()
         await asyncio.gather(*asking, return_exceptions=True)
+
+
+async def test_a_right_that_ends_while_its_request_waits_gives_nothing(here: Here) -> None:
+    """Whoever waited for a slot is looked at again when it comes: a withdrawal meanwhile counts."""
+    queue, tls, token = here.server.queue, here.parties["ben"].tls, here.token("ben")
+    now = asyncio.get_running_loop().time()
+    taken = 0
+    while queue.ask("another", taken - 1, now) is True:
+        taken -= 1
+    waiting = taken - 1  # the one that found no slot
+    here.server._free(waiting)
+    asked = requests(here.manifest_id)
+    asking = [
+        asyncio.create_task(here.ask(asked[f"/v1/swarms/{{manifest_id}}/{path}"], tls, token))
+        for path in ("pieces/{index}", "next")
+    ]
+    async with asyncio.timeout(10):
+        while queue.declared(now).queued < len(asking):
+            await asyncio.sleep(0.01)
+        here.access.revocations.add("boats", EPOCH + 1, user="ben")
+        here.server.recheck()
+        for ticket in range(taken, 0):
+            here.server._free(ticket)
+        assert [(await task)[0] for task in asking] == [403, 403]
+
+
+async def test_who_takes_no_manifest_holds_no_connection(
+    here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A member that asks for a large manifest and does not read it is dropped."""
+    monkeypatch.setattr("peer.server.BLOCKED_SECONDS_MAX", 0.2)
+    (tmp_path / here.manifest_id).write_bytes(bytes(32 << 20))
+    reader, writer = await asyncio.open_connection("127.0.0.1", here.port, ssl=here.parties["ben"].tls)
+    try:
+        writer.write(
+            f"GET /v1/swarms/{here.manifest_id}/manifest HTTP/1.1\r\nHost: peer\r\n"
+            f"Authorization: Bearer {here.token('ben')}\r\n\r\n".encode()
+        )
+        await reader.readuntil(b"\r\n\r\n")  # and no more: the buffers fill
+        await no_connection_is_left(here)
+    finally:
+        writer.transport.abort()
+
+
+async def test_who_asks_for_nothing_holds_no_connection(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are only so many connections: they are for those that ask for something, and ask it whole."""
+    monkeypatch.setattr("peer.server.SILENT_SECONDS_MAX", 0.2)
+    monkeypatch.setattr("peer.server.BODY_SECONDS_MAX", 0.2)
+    half = [
+        b"",
+        b"GET /v1/hello HTTP/1.1\r\nHost: pe",
+        f"POST /v1/swarms/{here.manifest_id}/next HTTP/1.1\r\nHost: peer\r\nContent-Length: 4\r\n"
+        f"Authorization: Bearer {here.token('ben')}\r\n\r\n\x81".encode("latin-1"),
+    ]
+    writers = []
+    try:
+        for said in half:
+            _, writer = await asyncio.open_connection("127.0.0.1", here.port, ssl=here.parties["ben"].tls)
+            writers.append(writer)
+            writer.write(said)
+        await no_connection_is_left(here)
+    finally:
+        for writer in writers:
+            writer.transport.abort()
+
+
+async def no_connection_is_left(here: Here) -> None:
+    runner = here.server._runner
+    assert runner is not None
+    assert runner.server is not None
+    async with asyncio.timeout(10):
+        while runner.server.connections:
+            await asyncio.sleep(0.02)
