@@ -34,7 +34,7 @@ from chaos_tests.history import Recorder, Sample
 from chaos_tests.proxy import Direction, Link
 from chaos_tests.ways import Way
 
-START_SECONDS = 20.0
+START_SECONDS = 60.0
 CLI = [sys.executable, "-m", "trimaran"]
 SMALL_DISK_BYTES = 96 << 20
 

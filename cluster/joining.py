@@ -247,6 +247,7 @@ class NodeAuthority:
         self._peers: tls.PeerAuthority | None = None
         self._ca: Certificate | None = None
         self._admitting: asyncio.Task[None] | None = None
+        self._joined = False  # since the list of those who wait was last read
 
     def reload(self) -> None:
         """Read the peer authority anew, after a renewal."""
@@ -297,9 +298,10 @@ class NodeAuthority:
             raise AuthorityError(str(error), field="csr_pem") from error
         except ConfigError as error:
             raise AuthorityError(str(error), field=error.field) from error
+        # The secret first: without it, nobody learns who is a member.
+        self._invitations.use(body, fingerprint)
         if any(node.node_id == body.id and node.key_fingerprint != fingerprint for node in members):
             raise AuthorityError(f"the cluster already has a node {body.id} with another key", field="id")
-        self._invitations.use(body, fingerprint)
         try:
             return t.JoinAnswer(
                 cluster_id=self._cluster_id,
@@ -319,6 +321,7 @@ class NodeAuthority:
 
     def admit_in_background(self) -> None:
         """Go on until everyone who was certified is in the membership. Called at the node's start too."""
+        self._joined = True
         if self._admitting is None or self._admitting.done():
             self._admitting = asyncio.create_task(self._admit_all(), name="trimaran admitting")
 
@@ -328,7 +331,13 @@ class NodeAuthority:
             await asyncio.gather(self._admitting, return_exceptions=True)
 
     async def _admit_all(self) -> None:
-        while waiting := await asyncio.to_thread(self._invitations.waiting):
+        while True:
+            self._joined = False
+            waiting = await asyncio.to_thread(self._invitations.waiting)
+            if not waiting:
+                if self._joined:  # one who came while this looked must not be overlooked
+                    continue
+                return
             for name, node in waiting:
                 if await _reachable(node.raft) and await self._admit(node):
                     await asyncio.to_thread(self._invitations.admitted, name)

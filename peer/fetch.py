@@ -465,7 +465,10 @@ class BufferPool:
         same = self._free.get(size)
         if same:
             self._free_bytes -= size
-            return same.pop()
+            buffer = same.pop()
+            if not same:
+                del self._free[size]
+            return buffer
         while self._free and self.out_bytes + self._free_bytes > self.limit_bytes:
             other = next(iter(self._free))
             self._free_bytes -= len(self._free[other].pop())

@@ -103,7 +103,9 @@ def run_async(work: Awaitable[Any]) -> Any:
 
         def end() -> None:
             # Once: supervisors repeat SIGTERM, and the tidying up must not be cancelled as well.
-            loop.add_signal_handler(signal.SIGTERM, lambda: None)
+            # Ignored by the process itself, not by the loop: it must hold until the process is gone.
+            loop.remove_signal_handler(signal.SIGTERM)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             task.cancel()
 
         loop.add_signal_handler(signal.SIGTERM, end)
