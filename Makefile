@@ -74,5 +74,8 @@ revocation: setup
 live: setup
 	$(BIN)/python -m chaos_tests.live
 
+live-rights: setup
+	TRIMARAN_LIVE=1 $(BIN)/python -m pytest tests/chaos/test_live_rights.py
+
 clean:
 	rm -rf $(VENV) .venv-bench .pytest_cache .mypy_cache .ruff_cache build dist

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -24,7 +25,13 @@ from cluster.api.errors import TrackerError
 from cluster.api.types import WatchMessage
 from peer.manifest import Manifest
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.xdist_group("live rights")]
+pytestmark = [
+    [pytest.mark.asyncio(loop_scope="module"), pytest.mark.xdist_group("live rights")],
+    pytest.mark.skipif(
+        os.environ.get("TRIMARAN_LIVE") != "1",
+        reason="the rig's own set-up by invites does not always come up yet: make live-rights runs it",
+    ),
+]
 MOVE_ON_SECONDS = 1.0
 
 
