@@ -26,7 +26,8 @@ from cluster.api.types import WatchMessage
 from peer.manifest import Manifest
 
 pytestmark = [
-    [pytest.mark.asyncio(loop_scope="module"), pytest.mark.xdist_group("live rights")],
+    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.xdist_group("live rights"),
     pytest.mark.skipif(
         os.environ.get("TRIMARAN_LIVE") != "1",
         reason="the rig's own set-up by invites does not always come up yet: make live-rights runs it",
