@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import json
 import os
 import random
 import resource
 import shutil
 import signal
-import socket
 import ssl
 import subprocess
 import sys
@@ -31,6 +29,7 @@ from pathlib import Path
 from chaos_tests import wall_clock
 from chaos_tests.client import Api, Reply, request_id
 from chaos_tests.history import Recorder, Sample
+from chaos_tests.ports import free_ports
 from chaos_tests.proxy import Direction, Link
 from chaos_tests.ways import Way
 
@@ -568,17 +567,3 @@ class Rig:
                 if attempt == 9:
                     raise
                 await asyncio.sleep(1)
-
-
-_candidates = itertools.cycle([*range(21_000 + os.getpid() % 9_000, 32_000), *range(21_000, 30_000)])
-
-
-def free_ports(count: int) -> list[int]:
-    """Below the ephemeral range, so that no outgoing connection takes them between runs of a node."""
-    found: list[int] = []
-    while len(found) < count:
-        candidate = next(_candidates)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", candidate))
-            found.append(candidate)
-    return found

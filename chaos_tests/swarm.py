@@ -21,8 +21,8 @@ from typing import NamedTuple
 
 from chaos_tests.client import Api
 from chaos_tests.history import FOREVER_NS, Life, Presence, Recorder, Transfer
+from chaos_tests.ports import free_ports
 from chaos_tests.proxy import Link
-from chaos_tests.rig import free_ports
 from chaos_tests.workload import PASSWORD
 from peer import control
 from peer.reports import GetReport, Progress, TrimaranError

@@ -9,8 +9,8 @@ in. An invite admits one key: used again with the same key it gives the same ans
 have been lost on the way), with another it is refused.
 
 Joining certifies the node and tells it who is there. It becomes part of the membership once it runs:
-the inviter looks until the node's Raft port answers, and only then adds it, so that a mistyped address
-or a machine that is never started leaves nothing half done in the cluster.
+the inviter looks until the node, by its key, answers at its Raft address, and only then adds it, so that a mistyped
+address or a machine that is never started leaves nothing half done in the cluster.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -49,7 +48,7 @@ INVITE_SECONDS_MAX = 30 * 86_400
 FORGET_SECONDS = 7 * 86_400
 LOOK_SECONDS = 1.0
 REACH_SECONDS = 2.0
-ADD_SECONDS = 60.0
+ADD_SECONDS = 10.0  # then anew: an answer may have been lost with a connection
 
 
 class Invite(msgspec.Struct, frozen=True, kw_only=True):
@@ -333,19 +332,20 @@ class NodeAuthority:
     async def _admit_all(self) -> None:
         while True:
             self._joined = False
-            waiting = await asyncio.to_thread(self._invitations.waiting)
-            if not waiting:
-                if self._joined:  # one who came while this looked must not be overlooked
-                    continue
-                return
-            for name, node in waiting:
-                if await _reachable(node.raft) and await self._admit(node):
-                    await asyncio.to_thread(self._invitations.admitted, name)
-            await asyncio.sleep(LOOK_SECONDS)
+            try:
+                waiting = await asyncio.to_thread(self._invitations.waiting)
+                if not waiting and not self._joined:  # one who came while this looked must not be overlooked
+                    return
+                for name, node in waiting:
+                    if await self._answers(node) and await self._admit(node):
+                        await asyncio.to_thread(self._invitations.admitted, name)
+            except (OSError, CertificateProblem) as error:
+                _log.warning("who was invited cannot be admitted now; it is tried again: %s", error)
+            if not self._joined:
+                await asyncio.sleep(LOOK_SECONDS)
 
     async def _admit(self, node: NodeInfo) -> bool:
-        if any(known.info == node for known in self._consensus.status().nodes):
-            return True
+        """Whether the leader says that it counts. What this node's own log says may yet be taken back."""
         try:
             await self._consensus.add_node(node, deadline_seconds=ADD_SECONDS)
         except MembershipError as error:
@@ -354,14 +354,18 @@ class NodeAuthority:
         _log.info("node %s at %s is now a member", node.node_id, node.raft)
         return True
 
-
-async def _reachable(raft: str) -> bool:
-    address = host_port(raft, field="raft", source="raft")
-    with suppress(OSError, TimeoutError):
-        async with asyncio.timeout(REACH_SECONDS):
-            _, writer = await asyncio.open_connection(address.host, address.port)
-        writer.close()
-        with suppress(OSError):
-            await writer.wait_closed()
-        return True
-    return False
+    async def _answers(self, node: NodeInfo) -> bool:
+        """Whether that node, and no other program, listens at its Raft address."""
+        folder = self._folder
+        context = await asyncio.to_thread(tls.raft_client_context, folder.ca, folder.certificate, folder.key)
+        address = host_port(node.raft, field="raft", source="raft")
+        try:
+            async with asyncio.timeout(REACH_SECONDS):
+                _, writer = await asyncio.open_connection(
+                    address.host, address.port, ssl=context, server_hostname=""
+                )
+        except (OSError, TimeoutError):  # what TLS says among them
+            return False
+        shown = certificates.certificate_of(writer.get_extra_info("ssl_object"))
+        writer.transport.abort()
+        return shown is not None and certificates.key_fingerprint(shown.public_key()) == node.key_fingerprint

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
+import socket
 import ssl
 from collections.abc import Sequence
 from datetime import timedelta
@@ -17,7 +20,14 @@ from cluster.api import certificates as certs
 from cluster.api import types as t
 from cluster.authority import AuthorityError
 from cluster.config import ClusterFacts, ConfigError, NodeConfig
-from cluster.consensus import ConsensusStatus, MembershipError, NodeInfo, NodeStatus, Role
+from cluster.consensus import (
+    ConsensusStatus,
+    MembershipError,
+    MembershipUnknownError,
+    NodeInfo,
+    NodeStatus,
+    Role,
+)
 from cluster.founding import init_first, init_join
 from cluster.joining import Invite, NodeAuthority, make_invite
 from cluster.renewal import Renewal, renew_due
@@ -29,6 +39,9 @@ class Members:
     def __init__(self, nodes: Sequence[NodeInfo]) -> None:
         self.nodes = list(nodes)
         self.refusals = 0
+        self.forgets = 0  # how many additions are in the log when leadership is lost, and go with it
+        self._losing = False
+        self.lost = asyncio.Event()
 
     def status(self) -> ConsensusStatus:
         seen = [NodeStatus(node, Role.FOLLOWER, True, 0, 0) for node in self.nodes]
@@ -38,7 +51,20 @@ class Members:
         if self.refusals:
             self.refusals -= 1
             raise MembershipError("another change is under way")
-        self.nodes.append(node)
+        if self.forgets:
+            self.forgets -= 1
+            self._losing = True
+            self.nodes.append(node)
+            asyncio.get_running_loop().call_later(0.1, self._lose, node)
+            raise MembershipUnknownError("Leadership changed meanwhile")
+        if self._losing:  # the addition is under way: told when it is settled
+            await self.lost.wait()
+        if node not in self.nodes:
+            self.nodes.append(node)
+
+    def _lose(self, node: NodeInfo) -> None:
+        self.nodes.remove(node)
+        self.lost.set()
 
 
 class Clock:
@@ -185,40 +211,137 @@ def test_nonsense_is_no_invite() -> None:
             Invite.decode(text)
 
 
+class Joiner:
+    """A node that was certified, with the Raft port it will listen on."""
+
+    def __init__(self, folder: Path, node_id: str) -> None:
+        self.folder, self.node_id, self.key = folder, node_id, certs.new_key()
+        folder.mkdir()
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = int(probe.getsockname()[1])
+
+    async def joins(self, authority: NodeAuthority) -> None:
+        invite = await authority.invite_node(t.InviteBody(id=self.node_id, raft=f"127.0.0.1:{self.port}"))
+        answer = await authority.join_node(join_body(invite, key=self.key))
+        for name, content in (
+            ("ca", answer.ca_pem),
+            ("certificate", answer.certificate_pem),
+            ("key", certs.key_pem(self.key).decode()),
+        ):
+            (self.folder / name).write_text(content)
+
+    async def listens(self) -> asyncio.Server:
+        context = tls.raft_server_context(*(self.folder / name for name in ("ca", "certificate", "key")))
+        return await asyncio.start_server(hang_up, "127.0.0.1", self.port, ssl=context)
+
+
+async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    writer.close()
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joining, "LOOK_SECONDS", 0.02)
+
+
+@pytest.mark.usefixtures("quick")
 async def test_only_who_answers_is_admitted(
-    authority: NodeAuthority, first: NodeConfig, clock: Clock, monkeypatch: pytest.MonkeyPatch
+    authority: NodeAuthority, first: NodeConfig, clock: Clock, tmp_path: Path
 ) -> None:
     """A node that was certified and never started must not get into the membership; one that starts must,
     even when the inviter restarted in between, and only once."""
-    import asyncio
-
-    monkeypatch.setattr(joining, "LOOK_SECONDS", 0.02)
-    listener = await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", 0)
-    port = listener.sockets[0].getsockname()[1]
-    listener.close()
-    await listener.wait_closed()
-    invite = await authority.invite_node(t.InviteBody(id="n2", raft=f"127.0.0.1:{port}"))
-    await authority.join_node(join_body(invite))
+    joiner = Joiner(tmp_path / "n2", "n2")
+    await joiner.joins(authority)
     await asyncio.sleep(0.2)
-    members = authority._consensus
-    assert isinstance(members, Members)
-    assert len(members.nodes) == 1
+    assert len(members_of(authority).nodes) == 1
     await authority.stop()
 
     again = authority_of(first, clock)
-    members = again._consensus  # type: ignore[assignment]
-    members.refusals = 2  # type: ignore[attr-defined]
+    members_of(again).refusals = 2
     again.admit_in_background()
-    listener = await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", port)
-    async with listener:
+    async with await joiner.listens():
         assert again._admitting is not None
         await asyncio.wait_for(again._admitting, 10)
-    assert [node.node_id for node in members.nodes] == ["n1", "n2"]  # type: ignore[attr-defined]
+    assert [node.node_id for node in members_of(again).nodes] == ["n1", "n2"]
     third = authority_of(first, clock)
     third.admit_in_background()
     assert third._admitting is not None
     await asyncio.wait_for(third._admitting, 10)
-    assert len(third._consensus.nodes) == 1, "a node that was removed later is not brought back"  # type: ignore[attr-defined]
+    assert len(members_of(third).nodes) == 1, "a node that was removed later is not brought back"
+
+
+@pytest.mark.usefixtures("quick")
+async def test_another_program_at_the_address_is_not_admitted(
+    authority: NodeAuthority, tmp_path: Path
+) -> None:
+    """It would be a learner for good, and while there is one nobody else can be added."""
+    joiner, other = Joiner(tmp_path / "n2", "n2"), Joiner(tmp_path / "n3", "n3")
+    await joiner.joins(authority)
+    plain = await asyncio.start_server(hang_up, "127.0.0.1", joiner.port)
+    async with plain:
+        await asyncio.sleep(0.2)
+        assert len(members_of(authority).nodes) == 1
+    await other.joins(authority)
+    other.port = joiner.port
+    async with await other.listens():  # a node of the cluster, but not that one
+        await asyncio.sleep(0.2)
+        assert len(members_of(authority).nodes) == 1
+    async with await joiner.listens():
+        await until_members(authority, ["n1", "n2"])
+    await authority.stop()
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_node_is_admitted_when_the_leader_says_so_and_not_when_it_is_merely_in_the_log(
+    authority: NodeAuthority, tmp_path: Path
+) -> None:
+    """A leader that loses its place has the addition in its log until the next one takes it out again."""
+    joiner = Joiner(tmp_path / "n2", "n2")
+    members = members_of(authority)
+    members.forgets = 1
+    await joiner.joins(authority)
+    async with await joiner.listens():
+        assert authority._admitting is not None
+        await asyncio.wait_for(authority._admitting, 10)
+        async with asyncio.timeout(10):
+            await members.lost.wait()
+    assert [node.node_id for node in members.nodes] == ["n1", "n2"]
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_full_disk_does_not_end_the_admitting(
+    authority: NodeAuthority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    joiner = Joiner(tmp_path / "n2", "n2")
+    tried: list[str] = []
+    plain = joining.Invitations.admitted
+
+    def full_at_first(self: joining.Invitations, name: str) -> None:
+        tried.append(name)
+        if len(tried) < 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        plain(self, name)
+
+    monkeypatch.setattr(joining.Invitations, "admitted", full_at_first)
+    await joiner.joins(authority)
+    async with await joiner.listens():
+        assert authority._admitting is not None
+        await asyncio.wait_for(authority._admitting, 10)
+    assert len(tried) == 3
+    assert [node.node_id for node in members_of(authority).nodes] == ["n1", "n2"]
+
+
+def members_of(authority: NodeAuthority) -> Members:
+    members = authority._consensus
+    assert isinstance(members, Members)
+    return members
+
+
+async def until_members(authority: NodeAuthority, node_ids: list[str]) -> None:
+    async with asyncio.timeout(10):
+        while [node.node_id for node in members_of(authority).nodes] != node_ids:
+            await asyncio.sleep(0.01)
 
 
 async def test_a_node_without_the_cas_key_says_so(authority: NodeAuthority, first: NodeConfig) -> None:
