@@ -32,6 +32,7 @@ from peer.fetch import BufferPool, Endpoint, Fetcher, Head
 from peer.hashing import Hashing, scan
 from peer.manifest import Manifest
 from peer.pacer import Pacer
+from peer.recent import RecentPieces
 from peer.server import PieceServer
 from peer.store import PartStore
 from peer.swarm import Swarm, Swarms
@@ -58,6 +59,7 @@ async def serve(source: Path, manifest_file: Path) -> None:
 
     server = PieceServer(
         peer_id="s" * 52, swarms=swarms, access=access, files=OpenFiles(), executor=executor,
+        recent=RecentPieces(BufferPool(1 << 20)),
         manifest_file=lambda _: manifest_file, withdraw=lambda *_: None, link=no_links, up=Pacer(),
     )  # fmt: skip
     _, port = await server.start("127.0.0.1", 0, None)
@@ -76,7 +78,7 @@ async def fetch(road: str, manifest: Manifest, url: str, token: str, folder: Pat
     fetcher = Fetcher()
     session = aiohttp.ClientSession(read_bufsize=8 << 20, auto_decompress=False)
 
-    async def check(index: int, piece: memoryview, buffer: bytearray | None) -> None:
+    async def check(index: int, piece: memoryview, buffer: memoryview | None) -> None:
         assert await loop.run_in_executor(executor, store.check_and_write, index, piece)
         if buffer is not None:
             pool.give(buffer)
@@ -84,7 +86,7 @@ async def fetch(road: str, manifest: Manifest, url: str, token: str, folder: Pat
     async def own() -> None:
         for index in indices:
             buffer = await pool.acquire(length)
-            piece = memoryview(buffer)[: manifest.layout.piece_length(index)]
+            piece = buffer[: manifest.layout.piece_length(index)]
 
             def landing(_: Head, piece: memoryview = piece) -> memoryview:
                 return piece

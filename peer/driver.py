@@ -23,6 +23,7 @@ from .download import Download
 from .fetch import BufferPool, Endpoint, Fetcher, FetchFault, Head, Reply
 from .links import Links
 from .pacer import Pacer
+from .recent import RecentPieces
 from .server import NextBody
 from .store import DiskTroubleError, PartStore
 from .swarm import Swarm
@@ -82,6 +83,7 @@ class DownloadDriver:
         group: str,
         fetcher: Fetcher,
         pool: BufferPool,
+        recent: RecentPieces,
         executor: Executor,
         links: Links,
         token: Callable[[str], str | None],
@@ -109,6 +111,7 @@ class DownloadDriver:
         self._piece_bytes = layout.piece_bytes
         self._fetcher = fetcher
         self._pool = pool
+        self._recent = recent
         self._executor = executor
         self._links = links
         self._token = token
@@ -250,7 +253,7 @@ class DownloadDriver:
         self._jobs.add(job)
         job.add_done_callback(self._jobs.discard)
 
-    async def _fetch(self, action: ev.RequestPiece | ev.RequestNext, token: str, buffer: bytearray) -> int:
+    async def _fetch(self, action: ev.RequestPiece | ev.RequestNext, token: str, buffer: memoryview) -> int:
         """The index of the piece that is now in the buffer, or -1 after telling the machine why not."""
         number, peer = action.request, action.peer
         layout = self.swarm.manifest.layout
@@ -271,7 +274,7 @@ class DownloadDriver:
             index = found
             told_at = self._loop.time()
             self.feed(ev.PieceStarted(number, found))
-            return memoryview(buffer)[: head.length]
+            return buffer[: head.length]
 
         def on_bytes(count: int) -> None:
             nonlocal told_at, untold
@@ -298,11 +301,12 @@ class DownloadDriver:
         self.feed(ev.PieceFailed(number, *_failure_of(reply)))
         return -1
 
-    async def _commit(self, number: int, peer: str, index: int, buffer: bytearray) -> None:
+    async def _commit(self, number: int, peer: str, index: int, buffer: memoryview) -> None:
         length = self.swarm.manifest.layout.piece_length(index)
+        right = False
         try:
             right = await self._loop.run_in_executor(
-                self._executor, self.store.check_and_write, index, memoryview(buffer)[:length]
+                self._executor, self.store.check_and_write, index, buffer[:length]
             )
         except DiskTroubleError as trouble:
             self.trouble = trouble
@@ -311,7 +315,10 @@ class DownloadDriver:
                 self.done.set_exception(trouble)
             return
         finally:
-            self._pool.give(buffer)
+            if right and self.swarm.wanted_by_others:
+                self._recent.keep(self.swarm.manifest_id, index, buffer, length, self._loop.time())
+            else:
+                self._pool.give(buffer)
         if not right:
             log.warning("peer %s sent a wrong piece %d of %s", peer, index, self.swarm.manifest_id)
             self.feed(ev.PieceWrong(number))

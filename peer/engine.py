@@ -37,6 +37,7 @@ from .home import Home
 from .identity import Identity
 from .links import Link, Links
 from .pacer import Pacer
+from .recent import RecentPieces
 from .records import Records
 from .reports import Exit, Limits, PeerSettings, TrimaranError
 from .server import PieceServer
@@ -75,6 +76,7 @@ class Engine:
         self.pieces = ThreadPoolExecutor(max(2, cores), thread_name_prefix="pieces")
         self.long = ThreadPoolExecutor(cores + 2, thread_name_prefix="long")
         self.pool = BufferPool(settings.memory_bytes)
+        self.recent = RecentPieces(self.pool)
         self.up = Pacer()
         self.down = Pacer()
         tls = None if identity.insecure else identity.client_context
@@ -96,6 +98,7 @@ class Engine:
             swarms=self.swarms,
             access=self.access,
             files=self.files,
+            recent=self.recent,
             executor=self.pieces,
             manifest_file=home.manifest_file,
             withdraw=self.sharing.withdraw,
@@ -208,6 +211,7 @@ class Engine:
     async def _watch_loop(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
+            self.recent.expire(loop.time())
             before, queued = loop.time(), _queued_seconds()
             await asyncio.sleep(WATCHDOG_SECONDS)
             late = loop.time() - before - WATCHDOG_SECONDS

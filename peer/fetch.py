@@ -26,6 +26,7 @@ from msgspec import Struct
 
 from cluster.api.certificates import SSLInfo
 
+from .direct import aligned_buffer
 from .pacer import Pacer, take_all
 
 HEAD_BYTES_MAX = 8 * 1024
@@ -421,18 +422,20 @@ class Fetcher:
 class BufferPool:
     """Buffers for pieces on their way, bounded together however many downloads and peers there are.
 
-    Buffers are reused (touching fresh memory costs more than a piece's hash). One that is larger than
+    Buffers are reused (touching fresh memory costs more than a piece's hash), and begin on a page. One that is larger than
     the whole bound is granted when nothing else is out, so that any piece can be fetched by any peer.
     """
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         self.out_bytes = 0
-        self._free: dict[int, list[bytearray]] = {}
+        self._free: dict[int, list[memoryview]] = {}
         self._free_bytes = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
+        # Called when there is no room: has a buffer given back that can be spared, and says whether there was one.
+        self.reclaim: Callable[[], bool] = lambda: False
 
-    async def acquire(self, size: int) -> bytearray:
+    async def acquire(self, size: int) -> memoryview:
         """`take`, waiting for room in the order of asking."""
         buffer = None if self._waiting else self.take(size)
         while buffer is None:
@@ -457,10 +460,11 @@ class BufferPool:
                 waiter.set_result(None)
                 return
 
-    def take(self, size: int) -> bytearray | None:
+    def take(self, size: int) -> memoryview | None:
         """A buffer of exactly `size` bytes, or None while there is no room."""
-        if self.out_bytes and self.out_bytes + size > self.limit_bytes:
-            return None
+        while self.out_bytes and self.out_bytes + size > self.limit_bytes:
+            if not self.reclaim():
+                return None
         self.out_bytes += size
         same = self._free.get(size)
         if same:
@@ -474,14 +478,14 @@ class BufferPool:
             self._free_bytes -= len(self._free[other].pop())
             if not self._free[other]:
                 del self._free[other]
-        return bytearray(size)
+        return aligned_buffer(size)
 
     def clear(self) -> None:
         """Let go of the buffers that nobody uses now."""
         self._free.clear()
         self._free_bytes = 0
 
-    def give(self, buffer: bytearray) -> None:
+    def give(self, buffer: memoryview) -> None:
         self.out_bytes -= len(buffer)
         self._free.setdefault(len(buffer), []).append(buffer)
         self._free_bytes += len(buffer)

@@ -123,6 +123,39 @@ class PieceSender:
         else:
             await self._send_files(sending, content, spans)
 
+    async def send_memory(
+        self, sending: Sending, writer: AbstractStreamWriter, data: memoryview, *, tls: bool
+    ) -> None:
+        """`send` for bytes that are in memory and stay as they are. Raises CutError, OSError."""
+        socket = sending.transport.get_extra_info("socket")
+        target = -1 if tls else os.dup(socket.fileno())
+        offset = turn = 0
+        try:
+            while offset < len(data):
+                stretch = min(TLS_WRITE_BYTES if tls else STRETCH_BYTES, len(data) - offset)
+                if self._pacer.bytes_per_second:
+                    stretch = await self._paced(sending, stretch)
+                sending.check()
+                if tls:
+                    # A copy: what TLS cannot send at once it keeps, and this memory will hold another piece by then.
+                    await self._write(sending, writer, bytes(data[offset : offset + stretch]))
+                    offset += stretch
+                    continue
+                try:
+                    count = os.write(target, data[offset : offset + stretch])
+                except BlockingIOError:
+                    await sending.writable(target)
+                    continue
+                offset += count
+                turn += count
+                self._count(sending, count)
+                if turn >= TURN_BYTES:
+                    turn = 0
+                    await asyncio.sleep(0)
+        finally:
+            if target >= 0:
+                os.close(target)
+
     async def _send_files(
         self, sending: Sending, content: Content, spans: Sequence[tuple[int, int, int]]
     ) -> None:
@@ -165,7 +198,6 @@ class PieceSender:
         content: Content,
         spans: Sequence[tuple[int, int, int]],
     ) -> None:
-        loop = asyncio.get_running_loop()
         for file_index, offset, length in spans:
             with self._files.use(content, file_index) as descriptor:
                 end = offset + length
@@ -178,17 +210,21 @@ class PieceSender:
                     data = os.pread(descriptor, stretch, offset)
                     if not data:
                         raise SourceGoneError(f"{content.file(file_index)} is shorter than it was")
-                    sending.check()
-                    began = loop.time()
-                    try:
-                        async with asyncio.timeout(BLOCKED_SECONDS_MAX):
-                            await writer.write(data)
-                    except TimeoutError:
-                        sending.cut("the reader takes too little")
-                    sending.check()
-                    sending.blocked_seconds += loop.time() - began
+                    await self._write(sending, writer, data)
                     offset += len(data)
-                    self._count(sending, len(data))
+
+    async def _write(self, sending: Sending, writer: AbstractStreamWriter, data: bytes) -> None:
+        loop = asyncio.get_running_loop()
+        sending.check()
+        began = loop.time()
+        try:
+            async with asyncio.timeout(BLOCKED_SECONDS_MAX):
+                await writer.write(data)
+        except TimeoutError:
+            sending.cut("the reader takes too little")
+        sending.check()
+        sending.blocked_seconds += loop.time() - began
+        self._count(sending, len(data))
 
     async def _paced(self, sending: Sending, stretch: int) -> int:
         stretch = min(stretch, LIMITED_BYTES)

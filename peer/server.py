@@ -29,6 +29,7 @@ from .access import Access, AccessRefusedError
 from .bitmap import BitmapError, from_wire
 from .content import OpenFiles, SourceGoneError
 from .pacer import Pacer
+from .recent import RecentPieces
 from .sender import Busy, UploadQueue
 from .sending import BLOCKED_SECONDS_MAX, CutError, PieceSender, Sending
 from .swarm import Swarm, Swarms
@@ -72,6 +73,7 @@ class PieceServer:
         swarms: Swarms,
         access: Access,
         files: OpenFiles,
+        recent: RecentPieces,
         executor: Executor,
         manifest_file: Callable[[str], Path],
         withdraw: Callable[[Swarm, str], None],
@@ -86,6 +88,7 @@ class PieceServer:
         self._withdraw = withdraw
         self._link = link
         self._up = up
+        self._recent = recent
         self._sender = PieceSender(files, executor, up, self.queue.moved)
         self._sendings: set[Sending] = set()
         self._tickets = itertools.count(1)
@@ -345,15 +348,22 @@ class PieceServer:
         ending = loop.call_later(self._access.seconds_left(claims), sending.cut, "the token has expired")
         whole = False
         try:
-            self._check_first(swarm, spans)
-            if not self._tls:
-                transport.set_write_buffer_limits(high=0)  # so that `drain` means: all headers have left
-            writer = await response.prepare(request)
-            assert writer is not None
-            if not self._tls:
-                writer.send_headers()
-                await writer.drain()
-            await self._sender.send(sending, writer, swarm.content, spans, tls=self._tls)
+            with self._recent.use(swarm.manifest_id, index, loop.time()) as piece:
+                if piece is None:
+                    self._check_first(swarm, spans)
+                if not self._tls:
+                    transport.set_write_buffer_limits(high=0)  # so that `drain` means: all headers have left
+                writer = await response.prepare(request)
+                assert writer is not None
+                if not self._tls:
+                    writer.send_headers()
+                    await writer.drain()
+                if piece is None:
+                    await self._sender.send(sending, writer, swarm.content, spans, tls=self._tls)
+                else:
+                    await self._sender.send_memory(
+                        sending, writer, piece[start : start + length], tls=self._tls
+                    )
             await response.write_eof()
             whole = True
             return response

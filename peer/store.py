@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Final
 
 from .content import Content, SourceGoneError, open_below
+from .direct import DIRECT_BYTES_MIN, DirectWriter
 from .hashing import print_of
 from .home import sync_folder
 from .manifest import DIGEST_BYTES, Layout, Manifest, piece_digest
@@ -78,9 +79,12 @@ class PartStore:
         self.map = piece_map
         self.content = Content(part, manifest.layout, None, writable=True)
         self._digest = piece_digest(manifest.layout.algorithm)
+        self._writer = DirectWriter()
         self._single: int | None = None
+        self._direct = -1
         if manifest.layout.kind == "file":
             self._single = os.open(part, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            self._direct = self._writer.opened(self._single)
 
     # --- beginning ------------------------------------------------------------------------------
 
@@ -161,13 +165,13 @@ class PartStore:
         try:
             if self._single is not None:
                 offset = index * self.manifest.layout.piece_bytes
-                _write_all(self._single, piece, offset)
-                _begin_writing_out(self._single, offset, len(piece))
+                if not self._writer.write(self._single, self._direct, piece, offset):
+                    _begin_writing_out(self._single, offset, len(piece))
                 return
             for file_index, offset, length in self.manifest.layout.spans(index):
                 descriptor = self.content.open(file_index)
                 try:
-                    _write_all(descriptor, piece[:length], offset)
+                    self._write_file(descriptor, piece[:length], offset)
                 finally:
                     os.close(descriptor)
                 piece = piece[length:]
@@ -175,6 +179,14 @@ class PartStore:
             full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
             reason = error.strerror if isinstance(error, OSError) else str(error)
             raise DiskTroubleError(f"writing beside {self.target} failed: {reason}", full=full) from error
+
+    def _write_file(self, descriptor: int, data: memoryview, offset: int) -> None:
+        direct = self._writer.opened(descriptor) if len(data) >= DIRECT_BYTES_MIN else -1
+        try:
+            self._writer.write(descriptor, direct, data, offset)
+        finally:
+            if direct >= 0:
+                os.close(direct)
 
     def copy_from(self, index: int, source: Content, spans: list[tuple[int, int, int]]) -> bool:
         """Take a piece from files of this peer's own, without the bytes passing through here where the
@@ -274,6 +286,9 @@ class PartStore:
         if self._single is not None:
             os.close(self._single)
             self._single = None
+        if self._direct >= 0:
+            os.close(self._direct)
+            self._direct = -1
 
     def discard(self) -> None:
         """Remove everything that was fetched."""
@@ -432,13 +447,6 @@ def _take_up_folder(part: Path, layout: Layout, piece_map: PieceMap) -> None:
             raise FileNotFoundError(errno.ENOENT, "the part was changed", str(part))
     finally:
         os.close(root)
-
-
-def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
-    while data:
-        count = os.pwrite(descriptor, data, offset)
-        data = data[count:]
-        offset += count
 
 
 def _begin_writing_out(descriptor: int, offset: int, length: int) -> None:

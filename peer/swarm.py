@@ -45,6 +45,11 @@ class Swarm:
     def held_pieces(self) -> int:
         return self.have.bit_count()
 
+    @property
+    def wanted_by_others(self) -> bool:
+        """Whether anybody who is linked lacks a piece."""
+        return any(link.have != self.all for link in self.links.values())
+
     def gained(self, pieces: Mask) -> Mask:
         """These are here now; returns those that were not before."""
         new = without(pieces, self.have)

@@ -1,13 +1,14 @@
 """The course of one download, from its part to the whole file under its name.
 
 Owned here: a download's state, taking up or making its part, copying what this peer has already, driving the swarm, the
-end, and its record. Left to others: the verbs (`getting.py`), which piece from whom (`download.py`, driven by `driver.py`),
+end, what went wrong, and its record. Left to others: the verbs (`getting.py`), which piece from whom (`download.py`, driven by `driver.py`),
 the disk (`store.py`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ from .manifest import Manifest
 from .records import Record
 from .reports import Exit, State, TrimaranError
 from .reuse import Here, copy_what_is_here
-from .store import PartStore, remove_part
+from .store import DiskTroubleError, PartStore, no_space, remove_part
 from .swarm import Swarm
 from .telling import held_bytes
 from .tracker_agent import FactKey
@@ -50,6 +51,7 @@ class Transfer:
         self.reused_bytes = 0  # here before this run, or copied
         self.held = 0  # mask of what is here, for telling
         self.error: TrimaranError | None = None
+        self.followers = 0  # commands that wait for its end
 
     @property
     def key(self) -> FactKey:
@@ -58,6 +60,11 @@ class Transfer:
     @property
     def running(self) -> bool:
         return self.task is not None and not self.task.done()
+
+    @property
+    def rests(self) -> bool:
+        """It does not run, and does not go on by itself."""
+        return not self.running and self.state is not State.VERIFYING
 
     def done_bytes(self) -> int:
         layout = self.manifest.layout
@@ -78,6 +85,37 @@ class Course:
         self._whole = whole
 
     async def run(self, transfer: Transfer) -> None:
+        """Until it is complete, or cannot be: then `transfer.error` says why."""
+        transfer.state = State.DOWNLOADING
+        try:
+            await self.remember(transfer)
+            await self._take(transfer)
+        except DiskTroubleError as trouble:
+            await self._failed(transfer, _disk_error(transfer, trouble), str(trouble))
+        except TrimaranError as error:
+            await self._failed(transfer, error, error.message)
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            met = DiskTroubleError(f"{error.filename or transfer.record.path}: {error.strerror}", full=full)
+            await self._failed(transfer, _disk_error(transfer, met), str(met))
+        except Exception as error:
+            # A defect. Whoever waits must hear of it, and `ps` must not call it a running download for ever.
+            log.exception("the download of %s/%s failed", transfer.record.group, transfer.record.name)
+            reason = f"something unexpected happened ({type(error).__name__})"
+            told = TrimaranError(
+                f"{transfer.record.group}/{transfer.record.name}: {reason}.",
+                exit_code=Exit.UNEXPECTED,
+                code="unexpected",
+                hint=f"The details are in {self._engine.home.folder / 'peer.log'}; what was fetched is kept.",
+            )
+            await self._failed(transfer, told, reason)
+
+    async def _failed(self, transfer: Transfer, error: TrimaranError, reason: str) -> None:
+        transfer.error = error
+        transfer.state, transfer.reason = State.FAILED, reason
+        await self.remember(transfer)
+
+    async def _take(self, transfer: Transfer) -> None:
         engine, manifest = self._engine, transfer.manifest
         store = await self.store(transfer)
         layout = manifest.layout
@@ -119,6 +157,7 @@ class Course:
             group=transfer.record.group,
             fetcher=engine.fetcher,
             pool=engine.pool,
+            recent=engine.recent,
             executor=engine.pieces,
             links=engine.links,
             token=engine.agent.token,
@@ -246,3 +285,14 @@ class Course:
         if record is not transfer.kept and record != transfer.kept:
             await asyncio.to_thread(self._engine.records.put, record)
         transfer.record = transfer.kept = record
+
+
+def _disk_error(transfer: Transfer, trouble: DiskTroubleError) -> TrimaranError:
+    if trouble.full:
+        return no_space(Path(transfer.record.path), transfer.record.size_bytes - transfer.done_bytes())
+    return TrimaranError(
+        f"The disk does not take {transfer.record.group}/{transfer.record.name}: {trouble}.",
+        exit_code=Exit.UNFINISHED,
+        code="disk-trouble",
+        hint="What was fetched is kept. Get it again when the disk works.",
+    )

@@ -27,8 +27,10 @@ from cluster.tls import ClusterAuthority, PeerAuthority
 from peer.access import Access
 from peer.bitmap import full_mask
 from peer.content import Content, OpenFiles
+from peer.fetch import BufferPool
 from peer.hashing import Hashing, scan
 from peer.pacer import Pacer
+from peer.recent import RecentPieces
 from peer.server import NextBody, PieceServer
 from peer.swarm import Swarm, Swarms
 
@@ -168,6 +170,7 @@ async def here(tmp_path: Path) -> AsyncIterator[Here]:
 
     server = PieceServer(
         peer_id=parties["ada"].peer_id, swarms=swarms, access=access, files=files, executor=executor,
+        recent=RecentPieces(BufferPool(1 << 20)),
         manifest_file=lambda manifest_id: tmp_path / manifest_id, withdraw=lambda swarm, reason: None, link=link,
         up=Pacer(),
     )  # fmt: skip
