@@ -12,7 +12,7 @@ from .manifest import Manifest, ManifestError
 from .piecemap import PieceMap, PieceMapDamagedError
 from .records import Record, Records
 from .reports import PsRow, State
-from .telling import held_bytes, piece_map
+from .telling import held_bytes, piece_map, whole_bytes
 
 
 def rows_at_rest(home: Home, records: Records) -> list[PsRow]:
@@ -25,7 +25,7 @@ def _row(home: Home, record: Record) -> PsRow:
         group=record.group,
         name=record.name,
         state=record.state,
-        done_bytes=record.size_bytes if record.state is State.COMPLETE else 0,
+        done_bytes=0 if record.part else whole_bytes(record),
         size_bytes=record.size_bytes,
         rate_bytes_per_second=0.0,
         peers=0,

@@ -2,14 +2,16 @@
 
 Owned here: the wire between the two (length-prefixed msgpack: one call for each connection, progress while it lasts, then
 its end), and the caller's side of it. A caller that goes away interrupts its call. The socket lies in
-the home, whose mode (0700) says who may talk to it. Left to others: what the verbs do (`session.py`).
+the home, and its mode (0600) says who may talk to it. Left to others: which verbs there are (`remote.py`), what they
+do (`session.py`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
+import logging
+import socket
 import struct
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -20,6 +22,9 @@ from msgspec import Struct
 
 from .home import SocketPath
 from .reports import Exit, OnProgress, Progress, TrimaranError
+from .trouble import of_system
+
+log = logging.getLogger("trimaran.peer.control")
 
 FRAME_BYTES_MAX: Final = 64 << 20
 _LENGTH: Final = struct.Struct(">I")
@@ -77,27 +82,30 @@ class ControlServer:
 
     async def start(self) -> None:
         self._path.unlink(missing_ok=True)  # the home's lock says that nobody answers there
-        short = SocketPath(self._path)
-        mask = os.umask(0o177)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            self._server = await asyncio.start_unix_server(self._serve, short.path)
-        finally:
-            os.umask(mask)
-            short.close()
+            short = SocketPath(self._path)
+            try:
+                listener.bind(short.path)
+            finally:
+                short.close()
+            # Nobody can connect before it listens; a umask instead would be of all threads' files.
+            self._path.chmod(0o600)
+            self._server = await asyncio.start_unix_server(self._serve, sock=listener)
+        except BaseException:
+            listener.close()
+            raise
 
     async def stop(self) -> None:
-        """Take no more calls, wait for those that run."""
+        """Take no more calls, and interrupt those that run: their callers are told."""
         if self._server is None:
             return
         self._server.close()
         self._path.unlink(missing_ok=True)
         self._server = None
-        if self._calls:
-            await asyncio.wait(self._calls)
-
-    def interrupt(self) -> None:
         for call in self._calls:
             call.cancel()
+        await asyncio.gather(*self._calls, return_exceptions=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -126,14 +134,19 @@ class ControlServer:
         try:
             answer: Struct = Ended(await self._handler(call.verb, call.arguments, tell))
         except TrimaranError as error:
-            answer = Refused(error.message, int(error.exit_code), error.code, error.outcome, error.hint)
+            answer = _refused(error)
+        except Exception as error:
+            known = of_system(error) if isinstance(error, OSError) else None
+            if known is None:
+                log.exception("a command's call %s failed", call.verb)
+            answer = _refused(known or self._defect(error))
         except asyncio.CancelledError:
             answer = Refused(
                 "The running peer was stopped in the middle of it.",
                 int(Exit.UNFINISHED),
                 "peer-stopped",
                 "indefinite",
-                "Start it again, or run the command without it; what is complete is kept.",
+                "Start it again (trimaran peer run), or repeat this command without it: what is complete is kept.",
             )
             with contextlib.suppress(ConnectionError):
                 writer.write(_frame(answer))
@@ -141,6 +154,20 @@ class ControlServer:
         with contextlib.suppress(ConnectionError):
             writer.write(_frame(answer))
             await writer.drain()
+
+    def _defect(self, error: Exception) -> TrimaranError:
+        return TrimaranError(
+            f"Something unexpected happened in the running peer ({type(error).__name__}).",
+            exit_code=Exit.UNEXPECTED,
+            code="unexpected",
+            outcome="indefinite",
+            hint=f"The details are in {self._path.parent / 'peer.log'}; please report them. "
+            "See what it has with: trimaran ps; then repeat the command.",
+        )
+
+
+def _refused(error: TrimaranError) -> Refused:
+    return Refused(error.message, int(error.exit_code), error.code, error.outcome, error.hint)
 
 
 async def call(

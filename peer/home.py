@@ -19,6 +19,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import secrets
 from pathlib import Path
 
 from .reports import Exit, TrimaranError
@@ -52,7 +53,7 @@ def sync_folder(folder: Path) -> None:
 
 def write_whole(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     """Write beside, sync, rename, sync the folder: readers see the old content or the new, never a part."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.new")
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")  # two may write the same at once
     descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
     try:
         os.fchmod(descriptor, mode)

@@ -7,7 +7,7 @@
         await session.close()
 
 Owned here: which of the two, who is signed in, and starting the engine only for what needs it. Left to others: the
-verbs' work (`sharing.py`, `getting.py`), the wire to a running peer (`control.py`).
+verbs' work (`sharing.py`, `getting.py`), how commands reach a running peer (`remote.py`, `control.py`).
 """
 
 from __future__ import annotations
@@ -19,14 +19,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-import msgspec
-
 from cluster.api import idempotency
 from cluster.api.client import TrackerClient
 from cluster.api.errors import TrackerError
 from cluster.api.types import SessionAnswer
 
-from . import control
+from . import control, remote
 from .at_rest import rows_at_rest
 from .engine import Engine
 from .home import Home, HomeInUseError
@@ -34,7 +32,6 @@ from .identity import Identity, SignIn
 from .manifest import Algorithm
 from .records import Records
 from .reports import (
-    Exit,
     GetReport,
     Limits,
     OnProgress,
@@ -42,7 +39,6 @@ from .reports import (
     PeerSettings,
     PsRow,
     ShareReport,
-    TrimaranError,
     WhoReport,
 )
 from .trouble import away, not_signed_in, of_tracker
@@ -59,7 +55,7 @@ async def open_session(settings: PeerSettings) -> PeerSession:
     while True:
         with contextlib.suppress(ConnectionError):
             await control.call(home.socket, "hello", {}, str)
-            return RemoteSession(home)
+            return remote.remote_session(home)
         try:
             home.lock()
         except HomeInUseError:
@@ -94,8 +90,10 @@ class LocalSession:
         self._control = control.ControlServer(home.socket, self._perform)
         self._mutex = asyncio.Lock()
         self._foreground = True
+        self._closing = False
 
     async def close(self) -> None:
+        self._closing = True  # what runs goes on at the next start
         await self._control.stop()
         await self._stop_engine()
         if self._client is not None:
@@ -258,7 +256,8 @@ class LocalSession:
                 foreground=self._foreground,
             )
         except asyncio.CancelledError:
-            await engine.getting.interrupt(group, name)
+            if not self._closing:
+                await engine.getting.interrupt(group, name)
             raise
 
     async def pause(self, group: str, name: str) -> None:
@@ -309,149 +308,7 @@ class LocalSession:
         match verb:
             case "hello":
                 return self._identity.peer_id
-            case "address":
-                return self.listen_address
-            case "blocked":
+            case "blocked":  # for measurements
                 return self.longest_block_seconds
-            case "whoami" | "logout" | "ps":
-                return await getattr(self, verb)()
-            case "register" | "login" | "change_password" | "unshare" | "pause" | "resume" | "cancel":
-                return await getattr(self, verb)(**given)
-            case "limits":
-                change = given.get("change")
-                return await self.limits(None if change is None else msgspec.convert(change, Limits))
-            case "verify":
-                return await self.verify(given["group"], given["name"], on_progress)
-            case "share":
-                return await self.share(Path(given.pop("path")), on_progress=on_progress, **given)
-            case "get":
-                return await self.get(
-                    target_folder=Path(given.pop("target_folder")), on_progress=on_progress, **given
-                )
             case _:
-                raise TrimaranError(
-                    f"The running peer does not know {verb!r}: it is of another version.",
-                    exit_code=Exit.USAGE,
-                    code="other-version",
-                    hint="Stop it, and start it again with this version.",
-                )
-
-
-class RemoteSession:
-    """The peer that runs in the home. Fulfils `PeerSession`."""
-
-    remote = True
-
-    def __init__(self, home: Home) -> None:
-        self._home = home
-        self._address = ""
-
-    async def close(self) -> None:
-        """Nothing is held."""
-
-    @property
-    def listen_address(self) -> str:
-        return self._address
-
-    async def _call(
-        self, verb: str, given: dict[str, Any], result: Any, on_progress: OnProgress | None = None
-    ) -> Any:
-        try:
-            return await control.call(self._home.socket, verb, given, result, on_progress)
-        except ConnectionError as error:
-            raise TrimaranError(
-                "The peer that ran in this home has ended.",
-                exit_code=Exit.UNFINISHED,
-                code="peer-ended",
-                hint="Run the command again.",
-            ) from error
-
-    async def register(self, user: str, password: str, invitation: str = "") -> WhoReport:
-        given = {"user": user, "password": password, "invitation": invitation}
-        report: WhoReport = await self._call("register", given, WhoReport)
-        return report
-
-    async def login(self, user: str, password: str) -> WhoReport:
-        report: WhoReport = await self._call("login", {"user": user, "password": password}, WhoReport)
-        return report
-
-    async def logout(self) -> int:
-        return int(await self._call("logout", {}, int))
-
-    async def whoami(self) -> WhoReport:
-        report: WhoReport = await self._call("whoami", {}, WhoReport)
-        return report
-
-    async def change_password(self, password: str, new_password: str) -> int:
-        given = {"password": password, "new_password": new_password}
-        return int(await self._call("change_password", given, int))
-
-    async def share(
-        self,
-        path: Path,
-        group: str,
-        name: str | None,
-        *,
-        replace: bool,
-        algorithm: str | None,
-        on_progress: OnProgress,
-    ) -> ShareReport:
-        given = {
-            "path": str(path.expanduser().absolute()),
-            "group": group,
-            "name": name,
-            "replace": replace,
-            "algorithm": algorithm,
-        }
-        report: ShareReport = await self._call("share", given, ShareReport, on_progress)
-        return report
-
-    async def unshare(self, group: str, name: str) -> int:
-        return int(await self._call("unshare", {"group": group, "name": name}, int))
-
-    async def get(
-        self,
-        group: str,
-        name: str,
-        target_folder: Path,
-        *,
-        down_bytes_per_second: int,
-        checksum: bool,
-        on_progress: OnProgress,
-    ) -> GetReport:
-        given = {
-            "group": group,
-            "name": name,
-            "target_folder": str(target_folder.expanduser().absolute()),
-            "down_bytes_per_second": down_bytes_per_second,
-            "checksum": checksum,
-        }
-        report: GetReport = await self._call("get", given, GetReport, on_progress)
-        return report
-
-    async def pause(self, group: str, name: str) -> None:
-        await self._call("pause", {"group": group, "name": name}, Any)
-
-    async def resume(self, group: str, name: str) -> None:
-        await self._call("resume", {"group": group, "name": name}, Any)
-
-    async def cancel(self, group: str, name: str) -> None:
-        await self._call("cancel", {"group": group, "name": name}, Any)
-
-    async def verify(self, group: str, name: str, on_progress: OnProgress) -> PsRow:
-        row: PsRow = await self._call("verify", {"group": group, "name": name}, PsRow, on_progress)
-        return row
-
-    async def ps(self) -> list[PsRow]:
-        rows: list[PsRow] = await self._call("ps", {}, list[PsRow])
-        return rows
-
-    async def limits(self, change: Limits | None) -> Limits:
-        given = {"change": None if change is None else msgspec.to_builtins(change)}
-        limits: Limits = await self._call("limits", given, Limits)
-        return limits
-
-    async def serve_forever(self, on_ready: Callable[[], None] | None = None) -> None:
-        """The running peer serves already, and goes on when this command ends."""
-        if on_ready is not None:
-            on_ready()
+                return await remote.perform(self, verb, given, on_progress)

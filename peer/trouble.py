@@ -1,7 +1,8 @@
-"""What the trackers' refusals and silences are to a person at a peer: `TrimaranError`s."""
+"""What the trackers' refusals and silences, and the system's, are to a person at a peer: `TrimaranError`s."""
 
 from __future__ import annotations
 
+import errno
 from typing import Final
 
 from cluster.api.errors import ApiProblem, TrackerError, Unavailable, UnknownOutcome
@@ -66,3 +67,46 @@ def not_signed_in() -> TrimaranError:
         code="unauthenticated",
         hint="Sign in: trimaran login USER (or make an account: trimaran register USER)",
     )
+
+
+def of_system(error: OSError) -> TrimaranError | None:
+    """An error of the operating system that a person can act on; None for one that nobody expected."""
+    where = f" ({error.filename})" if error.filename else ""
+    match error.errno:
+        case errno.ENOSPC | errno.EDQUOT:
+            return TrimaranError(
+                f"There is no space left on the disk{where}.",
+                exit_code=Exit.NO_SPACE,
+                code="no-space",
+                hint="Make room, then run the same command again: what is complete is kept.",
+            )
+        case errno.ENOENT | errno.ENOTDIR:
+            return TrimaranError(
+                f"There is no such file or folder{where}.",
+                exit_code=Exit.NOT_FOUND,
+                code="no-such-path",
+                hint="Check the path.",
+            )
+        case errno.EACCES | errno.EPERM | errno.EROFS:
+            return TrimaranError(
+                f"The system does not allow that{where}: {error.strerror}.",
+                exit_code=Exit.DENIED,
+                code="no-permission",
+                hint="Check who owns the file or folder.",
+            )
+        case errno.EADDRINUSE | errno.EADDRNOTAVAIL:
+            return TrimaranError(
+                f"The address cannot be listened on: {error.strerror}.",
+                exit_code=Exit.CONFLICT,
+                code="address-in-use",
+                hint="Choose another port, or stop what uses this one.",
+            )
+        case errno.EMFILE | errno.ENFILE:
+            return TrimaranError(
+                "Too many files are open.",
+                exit_code=Exit.UNEXPECTED,
+                code="too-many-open-files",
+                hint="Raise the limit (ulimit -n 4096) and run the same command again.",
+            )
+        case _:
+            return None

@@ -1,13 +1,11 @@
 """Which failure becomes which words and which exit code. The table is `docs/reference/exit-codes.md`.
 
-Owned here: turning what nodes and the system raise into `TrimaranError`, and the last
-resort: a crash log in the home instead of a traceback. Left to others: the trackers'
-refusals (`peer/trouble.py`), printing (`output.py`).
+Owned here: turning what nodes raise into `TrimaranError`, and the last resort: a crash log in the home instead of a
+traceback. Left to others: the trackers' refusals and the system's (`peer/trouble.py`), printing (`output.py`).
 """
 
 from __future__ import annotations
 
-import errno
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -45,49 +43,6 @@ def _sentence(error: Exception) -> str:
     text = str(error).strip()
     text = text[:1].upper() + text[1:]
     return text if text.endswith((".", "!", "?")) else f"{text}."
-
-
-def of_system(error: OSError) -> TrimaranError | None:
-    """An error of the operating system that a person can act on; None for one that nobody expected."""
-    where = f" ({error.filename})" if error.filename else ""
-    match error.errno:
-        case errno.ENOSPC | errno.EDQUOT:
-            return TrimaranError(
-                f"There is no space left on the disk{where}.",
-                exit_code=Exit.NO_SPACE,
-                code="no-space",
-                hint="Make room, then run the same command again: what is complete is kept.",
-            )
-        case errno.ENOENT | errno.ENOTDIR:
-            return TrimaranError(
-                f"There is no such file or folder{where}.",
-                exit_code=Exit.NOT_FOUND,
-                code="no-such-path",
-                hint="Check the path.",
-            )
-        case errno.EACCES | errno.EPERM | errno.EROFS:
-            return TrimaranError(
-                f"The system does not allow that{where}: {error.strerror}.",
-                exit_code=Exit.DENIED,
-                code="no-permission",
-                hint="Check who owns the file or folder.",
-            )
-        case errno.EADDRINUSE | errno.EADDRNOTAVAIL:
-            return TrimaranError(
-                f"The address cannot be listened on: {error.strerror}.",
-                exit_code=Exit.CONFLICT,
-                code="address-in-use",
-                hint="Choose another port, or stop what uses this one.",
-            )
-        case errno.EMFILE | errno.ENFILE:
-            return TrimaranError(
-                "Too many files are open.",
-                exit_code=Exit.UNEXPECTED,
-                code="too-many-open-files",
-                hint="Raise the limit (ulimit -n 4096) and run the same command again.",
-            )
-        case _:
-            return None
 
 
 def crashed(home: Path, error: BaseException) -> TrimaranError:

@@ -143,7 +143,7 @@ def _told(error: BaseException, argv: Sequence[str]) -> TrimaranError:
 
     from cluster.api.errors import TrackerError
     from peer.reports import Exit, TrimaranError
-    from peer.trouble import of_tracker
+    from peer.trouble import of_system, of_tracker
     from trimaran import failures
 
     if isinstance(error, BaseExceptionGroup):
@@ -170,7 +170,7 @@ def _told(error: BaseException, argv: Sequence[str]) -> TrimaranError:
         return of_tracker(error)
     if isinstance(error, Exception) and (node := failures.of_node(error)) is not None:
         return node
-    if isinstance(error, OSError) and (known := failures.of_system(error)) is not None:
+    if isinstance(error, OSError) and (known := of_system(error)) is not None:
         return known
     return failures.crashed(_home_of(argv), error)
 
