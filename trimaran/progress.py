@@ -1,12 +1,15 @@
 """Live progress of long work on a terminal: bars, rates, time left, sources, and the piece map.
 
 Owned here: how a `peer.reports.Progress` looks, and the display that follows several of them. Left to
-others: where they come from. Off a terminal, or with `--quiet`, nothing is drawn.
+others: where they come from. Off a terminal nothing is drawn: a line says why something waits, and when it goes on.
+With `--quiet` there is nothing at all.
 """
 
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from rich.live import Live
 
 WIDE_COLUMNS = 100
+TOLD_AFTER_SECONDS = 1.0  # a wait that is over sooner is not worth a line
 _EIGHTHS = " ▁▂▃▄▅▆▇█"
 _VERB = {
     State.HASHING: "hashing",
@@ -48,8 +52,12 @@ def piece_map_line(piece_map: str, columns: int) -> str:
 class Display:
     """`with Display(...) as display: work(on_progress=display.update)`."""
 
-    def __init__(self, *, quiet: bool) -> None:
+    def __init__(
+        self, *, quiet: bool, lines: bool = False, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`lines`: off a terminal, say why something waits."""
         self._shown = sys.stderr.isatty() and not quiet
+        self._waits = _Waits(clock) if lines and not quiet and not self._shown else None
         self._latest: dict[tuple[str, str], Progress] = {}
         self._live: Live | None = None
 
@@ -74,6 +82,7 @@ class Display:
 
     def close(self) -> None:
         """Take the display off the terminal; updates are ignored from here on."""
+        self._waits = None
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -82,11 +91,35 @@ class Display:
         if self._live is not None:
             self._latest[progress.group, progress.name] = progress
             self._live.update(self._draw(self._live.console.width))
+        elif self._waits is not None:
+            self._waits.update(progress)
 
     def _draw(self, columns: int) -> RenderableType:
         from rich.console import Group
 
         return Group(*(draw(each, columns) for each in self._latest.values()))
+
+
+class _Waits:
+    """One line at each change of why something waits."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._since: dict[tuple[str, str], tuple[str, float]] = {}  # the reason that holds now
+        self._told: dict[tuple[str, str], str] = {}
+
+    def update(self, progress: Progress) -> None:
+        key, now = (progress.group, progress.name), self._clock()
+        reason = progress.message if progress.state is State.WAITING else ""
+        if key not in self._since or self._since[key][0] != reason:
+            self._since[key] = reason, now
+        if now - self._since[key][1] < TOLD_AFTER_SECONDS or self._told.get(key, "") == reason:
+            return
+        self._told[key] = reason
+        what = harmless(f"{progress.group}/{progress.name}")
+        print(
+            f"{what} waits: {harmless(reason)}" if reason else f"{what} goes on", file=sys.stderr, flush=True
+        )
 
 
 def draw(progress: Progress, columns: int) -> RenderableType:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import resource
+import select
 import signal
 import subprocess
 import sys
@@ -260,5 +262,35 @@ def test_sigterm_ends_a_cluster_tidily_whatever_is_sent_twice(tmp_path: Path) ->
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=30)
     assert (process.returncode, errors) == (Exit.DONE, b"")
+    with pytest.raises(ProcessLookupError):
+        os.kill(node["pid"], 0)
+
+
+def test_in_the_background_of_a_script_it_can_be_interrupted(tmp_path: Path) -> None:
+    """A shell without job control starts `command &` with SIGINT ignored; `kill -INT` must end it all the same."""
+    from trimaran.processes import free_base_port
+
+    port = free_base_port(23_000 + os.getpid() % 700 * 10)
+    local = f"-m trimaran tracker local --nodes 1 --data-dir '{tmp_path}/c' --base-port {port} --json"
+    script = f"'{sys.executable}' {local} & wait $!; echo ended $?"
+    shell = subprocess.Popen(
+        ["sh", "-c", script],
+        stdout=subprocess.PIPE,
+        env=os.environ | {"TRIMARAN_HOME": str(tmp_path)},
+        text=True,
+        start_new_session=True,
+    )
+    assert shell.stdout is not None
+    (node,) = orjson.loads(shell.stdout.readline())["nodes"]
+    parent = int(Path(f"/proc/{node['pid']}/stat").read_text().rpartition(")")[2].split()[1])
+    try:
+        os.kill(parent, signal.SIGINT)
+        assert select.select([shell.stdout], [], [], 20)[0], "it goes on"
+        assert shell.stdout.readline() == "ended 0\n"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(shell.pid, signal.SIGKILL)
+        shell.wait()
+        shell.stdout.close()
     with pytest.raises(ProcessLookupError):
         os.kill(node["pid"], 0)

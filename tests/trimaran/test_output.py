@@ -7,7 +7,7 @@ import pytest
 
 from peer.reports import Exit, Progress, SourceReport, State, TrimaranError
 from trimaran.output import Output, harmless, lasting, rated, sized
-from trimaran.progress import draw, piece_map_line
+from trimaran.progress import TOLD_AFTER_SECONDS, Display, draw, piece_map_line
 
 
 @pytest.mark.parametrize(
@@ -109,3 +109,47 @@ def test_the_piece_map_shows_eighths() -> None:
     assert piece_map_line("0088", 2) == " █"
     assert piece_map_line("08" * 100, 50) == "▄" * 50
     assert piece_map_line("", 10) == ""
+
+
+def test_off_a_terminal_a_line_says_why_it_waits(capsys: pytest.CaptureFixture[str]) -> None:
+    now = 0.0
+
+    def told(state: State, message: str, seconds: float) -> None:
+        nonlocal now
+        progress = Progress(
+            group="crew",
+            name="hull\x1b.iso",
+            state=state,
+            done_bytes=0,
+            size_bytes=10,
+            rate_bytes_per_second=0.0,
+            seconds_left=None,
+            peers=0,
+            sources=[],
+            message=message,
+        )
+        for _ in range(3):
+            display.update(progress)
+            now += seconds / 3
+
+    with Display(quiet=False, lines=True, clock=lambda: now) as display:
+        told(State.DOWNLOADING, "", 30.0)
+        told(State.WAITING, "all peers are busy", TOLD_AFTER_SECONDS / 2)  # over before anybody would care
+        told(State.DOWNLOADING, "", 30.0)
+        told(State.WAITING, "no peer of this file can be reached", 90.0)
+        told(State.WAITING, "the token has expired", 90.0)
+        told(State.DOWNLOADING, "", 30.0)
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.splitlines() == [
+        "crew/hull\\x1b.iso waits: no peer of this file can be reached",
+        "crew/hull\\x1b.iso waits: the token has expired",
+        "crew/hull\\x1b.iso goes on",
+    ]
+    for display in (
+        Display(quiet=True, lines=True, clock=lambda: now),
+        Display(quiet=False, clock=lambda: now),
+    ):
+        with display:
+            told(State.WAITING, "all peers are busy", 90.0)
+    assert capsys.readouterr().err == ""

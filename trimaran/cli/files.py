@@ -156,7 +156,7 @@ async def get(
     down_rate = rate(down) if down else 0
     exit_code = Exit.DONE
     async with peer_session(common, settings) as session:
-        with Display(quiet=common.quiet) as display:
+        with Display(quiet=common.quiet, lines=not common.json) as display:
 
             async def fetch(group: str, name: str) -> GetReport:
                 return await session.get(

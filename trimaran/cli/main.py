@@ -113,6 +113,10 @@ def run_async(work: Awaitable[Any]) -> Any:
             loop.add_signal_handler(signal.SIGHUP, end)
         return await work
 
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # A script's `trimaran ... &`: its shell turned SIGINT off, so that a Ctrl-C is not for all. Who says `kill -INT`
+        # means us.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     coroutine: Coroutine[Any, Any, Any] = until_done()
     with asyncio.Runner() as runner:
         return runner.run(coroutine)
