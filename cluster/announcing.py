@@ -10,11 +10,12 @@ sooner, none waits for that time to pass. Left to others: what an announcement m
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 import msgspec
 
+from cluster.api import problems as kinds
 from cluster.problems import ProblemError
 from cluster.settings import ServiceSettings
 from state_machine import limits, queries
@@ -27,7 +28,18 @@ BATCH_BYTES_MAX: Final = limits.COMMAND_BYTES_MAX // 2
 BATCH_ANNOUNCEMENTS: Final = 16  # enough to share an entry's cost
 
 ProposeBatch = Callable[[AnnouncePeers], Awaitable[tuple[AnnounceValue, ...]]]
+End = AnnounceValue | ProblemError
+_Waiting = tuple[Announcement, Callable[[End], None]]
 _encoder = msgspec.msgpack.Encoder()
+
+
+def _again(problem: ProblemError) -> ProblemError:
+    return ProblemError(
+        problem.kind,
+        problem.detail,
+        hint="Announce again, to any node: announcing twice is announcing once.",
+        retry_after_seconds=problem.retry_after_seconds,
+    )
 
 
 class Announcer:
@@ -46,7 +58,7 @@ class Announcer:
         self._heard = heard
         self._barrier = barrier
         self._wall_ms = wall_ms
-        self._waiting: list[tuple[Announcement, asyncio.Future[AnnounceValue]]] = []
+        self._waiting: list[_Waiting] = []
         self._waiting_bytes = 0
         self._timer: asyncio.TimerHandle | None = None
         self._sending: set[asyncio.Task[None]] = set()
@@ -61,17 +73,37 @@ class Announcer:
             await self._barrier()
             value, changes = queries.announcement_effect(self._machine.state, announcement)
         if not changes:
-            if value.known and not announcement.leaving:
-                self._heard(announcement.peer_id)
-            self.local += 1
+            self._answered_here(announcement, value)
             return value
         self.logged += 1
-        values = [await self._gather(part, size) for part, size in self._parts(announcement)]
+        values = [await self._gathered(part, size) for part, size in self._parts(announcement)]
         return AnnounceValue(
             all(value.known for value in values),
             values[-1].whole_wanted,
             tuple(fact for value in values for fact in value.dropped),
         )
+
+    def begin(self, announcement: Announcement, done: Callable[[End], None]) -> bool:
+        """As `announce`, without a coroutine: `done` is called with the end, perhaps before this returns. False,
+        and nothing begun, when it is not that simple."""
+        value, changes = queries.announcement_effect(self._machine.state, announcement)
+        if changes:
+            size = len(_encoder.encode(announcement))
+            if size > BATCH_BYTES_MAX:
+                return False
+            self.logged += 1
+            self._gather(announcement, size, done)
+            return True
+        if not value.known or value.dropped:
+            return False
+        self._answered_here(announcement, value)
+        done(value)
+        return True
+
+    def _answered_here(self, announcement: Announcement, value: AnnounceValue) -> None:
+        if value.known and not announcement.leaving:
+            self._heard(announcement.peer_id)
+        self.local += 1
 
     def _parts(self, announcement: Announcement) -> list[tuple[Announcement, int]]:
         """One part, but for announcements of thousands of facts. Of those, a whole one from a peer that
@@ -89,17 +121,28 @@ class Announcer:
             announcement = msgspec.structs.replace(announcement, facts=facts, whole=False)
         return _split(announcement)
 
-    def _gather(self, announcement: Announcement, size: int) -> asyncio.Future[AnnounceValue]:
-        loop = asyncio.get_running_loop()
+    def _gathered(self, announcement: Announcement, size: int) -> asyncio.Future[AnnounceValue]:
+        future: asyncio.Future[AnnounceValue] = asyncio.get_running_loop().create_future()
+
+        def done(end: End) -> None:
+            if future.done():
+                return
+            if isinstance(end, ProblemError):
+                future.set_exception(end)
+            else:
+                future.set_result(end)
+
+        self._gather(announcement, size, done)
+        return future
+
+    def _gather(self, announcement: Announcement, size: int, done: Callable[[End], None]) -> None:
         if self._waiting and self._waiting_bytes + size > BATCH_BYTES_MAX:
             self._send()
-        future: asyncio.Future[AnnounceValue] = loop.create_future()
-        self._waiting.append((announcement, future))
+        self._waiting.append((announcement, done))
         self._waiting_bytes += size
         if self._timer is None:
-            self._timer = loop.call_later(self._window_seconds, self._send)
+            self._timer = asyncio.get_running_loop().call_later(self._window_seconds, self._send)
         self._send_if_enough()
-        return future
 
     def _send_if_enough(self) -> None:
         # While a batch is under way the next one grows: the busier, the more share an entry.
@@ -120,29 +163,25 @@ class Announcer:
         self._sending.discard(task)
         self._send_if_enough()
 
-    async def _send_batch(self, batch: list[tuple[Announcement, asyncio.Future[AnnounceValue]]]) -> None:
+    async def _send_batch(self, batch: list[_Waiting]) -> None:
         command = AnnouncePeers(tuple(announcement for announcement, _ in batch), self._wall_ms())
+        ends: Sequence[End]
         try:
-            values = await self._propose(command)
+            ends = await self._propose(command)
         except ProblemError as problem:
-            for _, future in batch:
-                if not future.done():
-                    future.set_exception(
+            ends = [_again(problem)] * len(batch)
+        except BaseException:
+            for _, done in batch:
+                done(
+                    _again(
                         ProblemError(
-                            problem.kind,
-                            problem.detail,
-                            hint="Announce again, to any node: announcing twice is announcing once.",
-                            retry_after_seconds=problem.retry_after_seconds,
+                            kinds.OUTCOME_UNKNOWN, "The node ended before the cluster had confirmed it."
                         )
                     )
-            return
-        except BaseException:
-            for _, future in batch:
-                future.cancel()
+                )
             raise
-        for (_, future), value in zip(batch, values, strict=True):
-            if not future.done():
-                future.set_result(value)
+        for (_, done), end in zip(batch, ends, strict=True):
+            done(end)
 
     async def stop(self) -> None:
         """Send what was gathered, and wait for its end."""

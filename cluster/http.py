@@ -14,6 +14,7 @@ import asyncio
 import ipaddress
 import re
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
@@ -29,6 +30,7 @@ from cluster.api.types import Answer
 from cluster.auth import PerhapsBehindError
 from cluster.call import Call, Handler, check_request_id
 from cluster.problems import ProblemError
+from cluster.short_way import JSON, Connection, ShortWay
 from cluster.written import Written
 from state_machine import limits
 
@@ -37,11 +39,12 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("cluster.http")
 
-JSON = "application/json"
 PROBLEM_JSON = "application/problem+json"
 # These end the caller's session, so their repetition comes with an ended one; their handlers check.
 _ENDING_SESSIONS = frozenset({"logout", "change_password"})
 _EMPTY_BODY_BYTES_MAX = 64
+_SWEPT_MAX = 256  # connections looked at in one go
+_NEVER_SECONDS = 10 * 365 * 86_400.0
 _FIELD = re.compile(r"`\$\.?([^`]*)`$")
 _NAMED = re.compile(r"field `([^`]+)`")
 
@@ -87,26 +90,40 @@ class Dispatcher:
         self._service = service
         self._table = build_table(handlers)
         self._in_work = 0
-        # Connections that have asked for nothing yet, and since when; the oldest first.
+        # Connections that have asked for nothing yet, and those that ask for nothing any more, each since when; the
+        # oldest first.
         self._silent: dict[web.RequestHandler, float] = {}
+        self._idle: dict[web.RequestHandler, float] = {}
 
     def opened(self, connection: web.RequestHandler) -> None:
         self._silent[connection] = self._service.monotonic()
 
+    def touched(self, connection: web.RequestHandler) -> None:
+        self._silent.pop(connection, None)
+        self._idle.pop(connection, None)
+        self._idle[connection] = self._service.monotonic()
+
     def closed(self, connection: web.RequestHandler) -> None:
         self._silent.pop(connection, None)
+        self._idle.pop(connection, None)
 
     def sweep(self) -> None:
-        """Close connections that never asked for anything: each costs a descriptor, and there are few."""
-        latest = self._service.monotonic() - self._service.settings.silent_seconds
-        for connection, since in list(self._silent.items()):
-            if since > latest:
-                break
-            del self._silent[connection]
-            connection.force_close()
+        """Close connections that never asked for anything, or not for long: each costs a descriptor."""
+        now, settings = self._service.monotonic(), self._service.settings
+        for connections, seconds in (
+            (self._silent, settings.silent_seconds),
+            (self._idle, settings.idle_seconds),
+        ):
+            for connection, since in list(islice(connections.items(), _SWEPT_MAX)):
+                if since > now - seconds:
+                    break
+                del connections[connection]
+                connection.force_close()
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
-        self._silent.pop(request.protocol, None)
+        connection = request.protocol
+        self._silent.pop(connection, None)
+        self._idle.pop(connection, None)
         service = self._service
         metrics = service.metrics
         started = service.monotonic()
@@ -124,11 +141,11 @@ class Dispatcher:
             call = Call(request, route, params)
             await self._admit(call)
             answer = await handler(service, call)
-            response = answer if isinstance(answer, web.StreamResponse) else self._answer(answer)
+            response = answer if isinstance(answer, web.StreamResponse) else self.answer(answer)
         except ProblemError as problem:
-            response = self._problem(problem)
+            response = self.problem(problem)
         except HTTPException as error:
-            response = self._problem(_of_http(error))
+            response = self.problem(_of_http(error))
         except asyncio.CancelledError:
             raise
         except ConnectionError:
@@ -138,11 +155,15 @@ class Dispatcher:
             log.error(
                 "request failed unexpectedly", route=route_name, error=type(error).__name__, exc_info=True
             )
-            response = self._problem(
+            response = self.problem(
                 ProblemError(kinds.INTERNAL, "The tracker met an unexpected error; it is in the node's log.")
             )
         finally:
             self._in_work -= 1
+            if connection.transport is not None:
+                self._idle[connection] = service.monotonic()
+            if isinstance(connection, Connection):
+                connection.answered_by_aiohttp()
         metrics.request(route_name, response.status, service.monotonic() - started)
         return response
 
@@ -231,7 +252,7 @@ class Dispatcher:
             ) from None
         return b"".join(parts)
 
-    def _answer(self, answer: Answer) -> Written:
+    def answer(self, answer: Answer) -> Written:
         document = msgspec.to_builtins(answer)
         revision = answer.revision
         document.update(self._service.envelope())
@@ -239,7 +260,7 @@ class Dispatcher:
             document["revision"] = revision
         return Written(200, JSON, orjson.dumps(document))
 
-    def _problem(self, problem: ProblemError) -> Written:
+    def problem(self, problem: ProblemError) -> Written:
         headers = b""
         if problem.kind.status == 401:
             headers = b"WWW-Authenticate: Bearer\r\n"
@@ -318,38 +339,6 @@ def operator_of(service: Service, request: web.BaseRequest) -> bool:
         return False
 
 
-class _Server(web.Server):
-    """aiohttp's, which tells the dispatcher of new connections and takes no more than may be."""
-
-    def __init__(self, dispatcher: Dispatcher, service: Service) -> None:
-        super().__init__(
-            dispatcher,
-            access_log=None,
-            keepalive_timeout=75.0,
-            max_line_size=8_190,
-            max_field_size=8_190,
-            max_headers=64,
-            lingering_time=2.0,
-            auto_decompress=False,  # a small body may be a large one; compressed ones are refused
-        )
-        self._dispatcher = dispatcher
-        self._connections_max = service.settings.connections_max
-
-    def __call__(self) -> web.RequestHandler:
-        connection = super().__call__()
-        self._dispatcher.opened(connection)
-        return connection
-
-    def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
-        super().connection_made(handler, transport)
-        if len(self.connections) > self._connections_max:
-            transport.abort()
-
-    def connection_lost(self, handler: web.RequestHandler, exc: BaseException | None = None) -> None:
-        self._dispatcher.closed(handler)
-        super().connection_lost(handler, exc)
-
-
 def make_runner(service: Service) -> web.ServerRunner:
     """A server of every route of the table, with this server's bounds; add sites to it. Raises
     `ValueError` if a route has no handler."""
@@ -357,4 +346,16 @@ def make_runner(service: Service) -> web.ServerRunner:
 
     dispatcher = Dispatcher(service, HANDLERS)
     service.when_sweeping(dispatcher.sweep)
-    return web.ServerRunner(_Server(dispatcher, service), handle_signals=False, shutdown_timeout=5.0)
+    server = ShortWay(
+        service,
+        dispatcher,
+        dispatcher,
+        access_log=None,
+        keepalive_timeout=_NEVER_SECONDS,  # it does not see every request; `Dispatcher.sweep` does
+        max_line_size=8_190,
+        max_field_size=8_190,
+        max_headers=64,
+        lingering_time=2.0,
+        auto_decompress=False,  # a small body may be a large one; compressed ones are refused
+    )
+    return web.ServerRunner(server, handle_signals=False, shutdown_timeout=5.0)

@@ -28,6 +28,7 @@ class ServiceSettings(Struct, frozen=True, kw_only=True):
     # Bounds on what may wait here.
     connections_max: int = 30_000
     silent_seconds: float = 15.0  # a connection's first request must have come by then
+    idle_seconds: float = 75.0  # then a connection that asks for nothing any more is closed
     requests_max: int = 4_096  # in work at once; more are told to come back
     body_bytes_max: int = 256 * 1024
     announce_body_bytes_max: int = 8 << 20

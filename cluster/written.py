@@ -15,7 +15,7 @@ from typing import Final
 from aiohttp import HttpVersion11, web
 from aiohttp.abc import AbstractStreamWriter
 
-_QUEUED_BYTES: Final = 64 * 1024  # beyond it, wait for the reader
+QUEUED_BYTES: Final = 64 * 1024  # beyond it, wait for the reader
 _REASONS: Final = {status.value: status.phrase.encode() for status in HTTPStatus}
 
 
@@ -69,8 +69,14 @@ class Written(web.StreamResponse):
         transport = self._request.transport
         if transport is None or transport.is_closing():
             raise ConnectionResetError("the caller has gone")
+        transport.write(self.whole())
+        if not transport.is_closing() and transport.get_write_buffer_size() > QUEUED_BYTES:
+            await self._request.writer.drain()
+
+    def whole(self) -> bytes:
+        """Head and body."""
         body = self._data
-        head = b"HTTP/1.1 %d %b\r\nContent-Type: %b\r\nContent-Length: %d\r\n%b%b%b" % (
+        return b"HTTP/1.1 %d %b\r\nContent-Type: %b\r\nContent-Length: %d\r\n%b%b%b%b" % (
             self._whole_status,
             _REASONS[self._whole_status],
             self._media,
@@ -78,10 +84,8 @@ class Written(web.StreamResponse):
             _date.line(),
             self._lines,
             _KEPT if self._keep_alive else _CLOSED,
+            body,
         )
-        transport.write(head + body)
-        if not transport.is_closing() and transport.get_write_buffer_size() > _QUEUED_BYTES:
-            await self._request.writer.drain()
 
 
 _KEPT: Final = b"Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n\r\n"

@@ -264,6 +264,13 @@ class State:
 
     def put_holding(self, key: str, peer_id: str, holding: Holding) -> None:
         before = self.holdings.get(key, peer_id)
+        if (
+            before is not None
+            and before.complete == holding.complete
+            and not (before.hidden or holding.hidden)
+        ):
+            self.holdings.put(key, peer_id, holding)  # more pieces, which is nearly all that is ever said
+            return
         counted = self.quarantines.get(key[: key.index("/")], peer_id) is None
         if before is None:
             self.swarms_of.setdefault(peer_id, {})[key] = None

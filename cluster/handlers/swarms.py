@@ -11,6 +11,7 @@ from cluster.call import Call
 from cluster.handlers.files import no_file
 from cluster.handlers.groups import done, require_member
 from cluster.problems import ProblemError
+from cluster.settings import ServiceSettings
 from state_machine import names, queries
 from state_machine.commands import Announcement, Fact, LiftQuarantine, PutPeer, ReportPeer
 from state_machine.moments import rfc3339
@@ -101,24 +102,15 @@ def of_authority(error: AuthorityError) -> ProblemError:
     return ProblemError(kind, error.message, field=error.field, hint=error.hint)
 
 
-async def announce(service: Service, call: Call) -> t.AnnounceAnswer:
-    body: t.AnnounceBody = call.body
-    peer_id = peer_id_of(call)
-    announcement = Announcement(
-        peer_id,
-        call.user,
-        tuple(body.addresses),
-        tuple(
-            Fact(fact.group, fact.name, fact.manifest_id, fact.pieces, fact.complete, fact.gone)
-            for fact in body.facts
-        ),
-        body.whole,
-        body.leaving,
+def announcement_of(peer_id: str, user: str, body: t.AnnounceBody) -> Announcement:
+    facts = tuple(
+        Fact(fact.group, fact.name, fact.manifest_id, fact.pieces, fact.complete, fact.gone)
+        for fact in body.facts
     )
-    value = await service.announcer.announce(announcement)
-    if not value.known:
-        raise not_yours(peer_id)
-    settings = service.settings
+    return Announcement(peer_id, user, tuple(body.addresses), facts, body.whole, body.leaving)
+
+
+def announce_answer(settings: ServiceSettings, value: AnnounceValue) -> t.AnnounceAnswer:
     return t.AnnounceAnswer(
         lease_seconds=settings.lease_seconds,
         announce_seconds=settings.announce_seconds,
@@ -128,6 +120,15 @@ async def announce(service: Service, call: Call) -> t.AnnounceAnswer:
             for f in value.dropped
         ],
     )
+
+
+async def announce(service: Service, call: Call) -> t.AnnounceAnswer:
+    """Plain calls do not come here (`cluster/short_way.py`)."""
+    peer_id = peer_id_of(call)
+    value = await service.announcer.announce(announcement_of(peer_id, call.user, call.body))
+    if not value.known:
+        raise not_yours(peer_id)
+    return announce_answer(service.settings, value)
 
 
 async def put_seeder(service: Service, call: Call) -> t.Done:

@@ -175,8 +175,10 @@ def _plan_facts(state: State, plan: Plan, announcement: Announcement, dropped: l
             plan.puts[key] = holding
     if announcement.whole and len(held) > len(said.keys() & held):
         plan.leaves.extend(sorted(held - said.keys()))
-    for key in sorted(state.hidden_of.get(peer_id, ())):
-        if key not in said and not announcement.whole:
+    if announcement.whole or peer_id not in state.hidden_of:
+        return
+    for key in sorted(state.hidden_of[peer_id]):
+        if key not in said:
             hidden = state.holdings.get(key, peer_id)
             assert hidden is not None
             plan.puts[key] = Holding(hidden.pieces, hidden.complete)

@@ -159,7 +159,7 @@ async def start_node(
     trackers: Trackers, node_id: str, folder: Path, *, changes: Mapping[str, Any], **parts: Any
 ) -> Node:
     settings = ServiceSettings(cluster_id="test", data_dir=folder / node_id, insecure=True)
-    settings = msgspec.structs.replace(settings, **QUICK, **changes)
+    settings = msgspec.structs.replace(settings, **{**QUICK, **changes})
     machine = StateMachine()
     consensus = trackers.cluster.add(node_id, machine)
     service = Service(consensus, machine, settings, **parts)
