@@ -24,7 +24,7 @@ demo: setup
 	@$(BIN)/trimaran demo $(if $(FILE),--file "$(FILE)")
 
 test: setup
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+	$(BIN)/python -m pytest -n $(JOBS)
 
 # Simulated swarms, the long ones too (a flash crowd of 500, more seeds, an outage of an hour): some minutes.
 swarm: setup
@@ -73,9 +73,6 @@ revocation: setup
 # Seeders of 2, 8 and 32 MB/s, one that falls, one that joins, one that goes; namespaces where the user is root.
 live: setup
 	$(BIN)/python -m chaos_tests.live
-
-live-rights: setup
-	TRIMARAN_LIVE=1 $(BIN)/python -m pytest tests/chaos/test_live_rights.py
 
 clean:
 	rm -rf $(VENV) .venv-bench .pytest_cache .mypy_cache .ruff_cache build dist

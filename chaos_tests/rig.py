@@ -118,12 +118,19 @@ class Rig:
                     self._raft_links[a, b] = link
         first, *others = self.node_ids
         await self._cli("tracker", "init", "--node-id", first, *self._places(first))
-        await self.start(first)
+        await self._start_well(first)
         for node_id in others:
             await self._join(first, node_id)
-            await self.start(node_id)
+            await self._start_well(node_id)
         await self._until(self._all_voting, START_SECONDS, "all nodes count")
         self._watch_roles()
+
+    async def _start_well(self, node_id: str) -> None:
+        """Raises `RuntimeError` when it does not come up: in setting up nothing may hurt it."""
+        await self.start(node_id)
+        node = self.nodes[node_id]
+        if not await self._answers(node) or not node.alive:
+            raise RuntimeError(f"{node_id} does not come up: {node.log.read_text(errors='replace')[-500:]}")
 
     async def _join(self, through: str, node_id: str) -> None:
         node = self.nodes[node_id]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -25,14 +24,7 @@ from cluster.api.errors import TrackerError
 from cluster.api.types import WatchMessage
 from peer.manifest import Manifest
 
-pytestmark = [
-    pytest.mark.asyncio(loop_scope="module"),
-    pytest.mark.xdist_group("live rights"),
-    pytest.mark.skipif(
-        os.environ.get("TRIMARAN_LIVE") != "1",
-        reason="the rig's own set-up by invites does not always come up yet: make live-rights runs it",
-    ),
-]
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 MOVE_ON_SECONDS = 1.0
 
 
@@ -187,8 +179,7 @@ async def test_one_liar_cannot_quarantine_and_several_members_can(at: Place) -> 
     await liar.start()
     victims = [Person(f"victim-{n}", at.rig.folder / "peers", at.rig.direct(), at.ca) for n in range(3)]
     try:
-        for victim in victims:
-            await victim.join(GROUP, at.seeder)
+        await asyncio.gather(*(victim.join(GROUP, at.seeder) for victim in victims))
         got = await asyncio.gather(
             *(
                 v.ok("get", f"{GROUP}/{SOURCE}", "-o", str(at.rig.folder / v.name), seconds=120)
