@@ -43,6 +43,7 @@ PROBLEM_JSON = "application/problem+json"
 # These end the caller's session, so their repetition comes with an ended one; their handlers check.
 _ENDING_SESSIONS = frozenset({"logout", "change_password"})
 _EMPTY_BODY_BYTES_MAX = 64
+_CALLER_LEFT = 499  # as nginx counts them; nobody is ever told
 _SWEPT_MAX = 256  # connections looked at in one go
 _NEVER_SECONDS = 10 * 365 * 86_400.0
 _FIELD = re.compile(r"`\$\.?([^`]*)`$")
@@ -149,7 +150,9 @@ class Dispatcher:
         except asyncio.CancelledError:
             raise
         except ConnectionError:
-            raise  # the caller has gone; aiohttp ends the connection
+            log.debug("the caller left before its answer", route=route_name)
+            connection.force_close()
+            response = Written(_CALLER_LEFT, JSON, b"")
         except Exception as error:
             # The last resort: a defect of ours. The log gets where it was; the caller gets no detail.
             log.error(

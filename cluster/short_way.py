@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import msgspec
 import orjson
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from cluster.announcing import End
 from cluster.api.types import AnnounceBody, Answer
@@ -121,6 +122,13 @@ class Connection(web.RequestHandler):
 
     def answered_by_aiohttp(self) -> None:
         self._theirs -= 1
+
+    def log_exception(self, *args: Any, **kw: Any) -> None:
+        """What is no HTTP is the caller's fault, and no news: ports are scanned."""
+        if isinstance(kw.get("exc_info"), HttpProcessingError | ConnectionError):
+            self.logger.debug(*args, **kw)
+        else:
+            super().log_exception(*args, **kw)
 
     def begin(self) -> None:
         self._under_way = True

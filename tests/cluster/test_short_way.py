@@ -249,3 +249,31 @@ async def test_a_connection_that_asks_for_nothing_any_more_is_closed(tmp_path: P
             assert (await line.answer())[0] == 200
             async with asyncio.timeout(5):
                 assert await line.reader.read() == b""
+
+
+async def test_callers_that_leave_or_send_no_http_are_no_errors_in_the_log(
+    trackers: Trackers, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = await Line.open(trackers)
+    line.feed(b"GET / HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n")
+    assert (await line.answer())[0] == 400
+    line = await Line.open(trackers)
+    begun = asyncio.Event()
+    go_on = asyncio.Event()
+    barrier = trackers[0].service.barrier
+
+    async def held_up() -> None:
+        begun.set()
+        await go_on.wait()
+        await barrier()
+
+    monkeypatch.setattr(trackers[0].service, "barrier", held_up)
+    line.feed(
+        b"GET /v1/watch HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %b\r\n\r\n" % trackers.anna.encode()
+    )
+    await begun.wait()
+    line.writer.transport.abort()
+    await until(lambda: line.theirs.transport is None)
+    go_on.set()
+    await until(lambda: b'status="499"' in trackers[0].service.metrics.text())
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
