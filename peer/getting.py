@@ -242,7 +242,7 @@ class Getting:
                 return transfer
         complete = bool(self._engine.sharing.find(group, name))
         raise TrimaranError(
-            f"{group}/{name} is complete." if complete else f"This peer does not download {group}/{name}.",
+            f"{group}/{name} is complete." if complete else f"This peer has no download {group}/{name}.",
             exit_code=Exit.CONFLICT if complete else Exit.NOT_FOUND,
             code="complete" if complete else "not-downloading",
             hint="See what it has with: trimaran ps",

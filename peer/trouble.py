@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import re
 from typing import Final
 
+from cluster.api import problems
 from cluster.api.errors import ApiProblem, TrackerError, Unavailable, UnknownOutcome
 
 from .reports import Exit, TrimaranError
@@ -30,6 +32,12 @@ _BY_STATUS: Final = {
     422: Exit.USAGE,
     501: Exit.USAGE,
 }
+_FOR_PEOPLE: Final = {
+    problems.INVALID.advice: "Correct it and try again. Nothing was done.",
+    problems.NO_SUCH_ROUTE.advice: "Check the names. Nothing was done.",
+    problems.REQUEST_TOO_OLD.advice: "See what is there now, and run the command again if it is still wanted.",
+}
+"""Advice that is about HTTP, as it helps a person."""
 
 
 def of_tracker(error: TrackerError) -> TrimaranError:
@@ -38,10 +46,21 @@ def of_tracker(error: TrackerError) -> TrimaranError:
     if code is None:
         status = error.status if isinstance(error, ApiProblem) else 0
         code = _BY_STATUS.get(status, Exit.CLUSTER_UNAVAILABLE)
-    hint = error.hint
+    hint = sentence(_FOR_PEOPLE.get(error.hint, error.hint))
     if not hint and code is Exit.CLUSTER_UNAVAILABLE:
         hint = "Look at the nodes with: trimaran cluster status"
-    return TrimaranError(error.message, exit_code=code, code=error.code, outcome=error.outcome, hint=hint)
+    message = sentence(error.message)
+    return TrimaranError(message, exit_code=code, code=error.code, outcome=error.outcome, hint=hint)
+
+
+def sentence(text: str) -> str:
+    """With a capital letter and an end, as all that a person reads. Quoted names and addresses are left alone."""
+    text = text.strip()
+    if re.match(r"[a-z]+([ ,;']|: )", text):
+        text = text[0].upper() + text[1:]
+    # A command at the end is to be copied: no full stop behind it.
+    copied = "trimaran " in text.partition(": ")[2]
+    return text if not text or text[-1] in ".!?)`" or copied else f"{text}."
 
 
 def refused(error: TrackerError) -> bool:

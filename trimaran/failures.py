@@ -10,39 +10,50 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from peer.reports import Exit, TrimaranError
+from peer.trouble import sentence
 
 
 def of_node(error: Exception) -> TrimaranError | None:
     """What starting, joining or running a node raises; None for anything else."""
     if not type(error).__module__.startswith("cluster."):
         return None
+    from cluster.api.certificates import CertificateProblem
     from cluster.app import NodeConflictError, NodeError
     from cluster.authority import AuthorityError
     from cluster.config import ConfigError
 
+    if isinstance(error, CertificateProblem):
+        return TrimaranError(
+            sentence(str(error)),
+            exit_code=Exit.USAGE,
+            code="bad-certificate",
+            hint="Name the cluster's CA with --ca FILE (or TRIMARAN_CA): it is the ca.pem in a tracker's data folder.",
+        )
     if isinstance(error, ConfigError):
-        return TrimaranError(_sentence(error), exit_code=Exit.USAGE, code="usage")
+        return TrimaranError(sentence(str(error)), exit_code=Exit.USAGE, code="usage")
     if isinstance(error, AuthorityError):
         exit_code = Exit.DENIED if error.denied else Exit.USAGE
         return TrimaranError(
-            _sentence(error), exit_code=exit_code, code="denied" if error.denied else "usage", hint=error.hint
+            sentence(str(error)),
+            exit_code=exit_code,
+            code="denied" if error.denied else "usage",
+            hint=error.hint,
         )
     if isinstance(error, NodeConflictError):
-        return TrimaranError(_sentence(error), exit_code=Exit.CONFLICT, code="conflict")
+        return TrimaranError(
+            sentence(str(error)),
+            exit_code=Exit.CONFLICT,
+            code="conflict",
+            hint="Stop what is in the way, or name another folder or address. Nothing was changed.",
+        )
     if isinstance(error, NodeError):
         return TrimaranError(
-            _sentence(error),
+            sentence(str(error)),
             exit_code=Exit.UNEXPECTED,
             code="node-stopped",
             hint="What was acknowledged is kept in the data folder.",
         )
     return None
-
-
-def _sentence(error: Exception) -> str:
-    text = str(error).strip()
-    text = text[:1].upper() + text[1:]
-    return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
 def crashed(home: Path, error: BaseException) -> TrimaranError:

@@ -183,6 +183,12 @@ def group_and_name(text: str) -> tuple[str, str]:
     return group, name
 
 
+def a_name(_type: Any, value: Any) -> None:
+    """For names that may be anything but nothing."""
+    if not value:
+        raise ValueError("A name cannot be empty.")
+
+
 def host_and_port(text: str, option: str) -> tuple[str, int]:
     """`host:port` or `[v6]:port`. Raises `TrimaranError`."""
     host, colon, port = text.rpartition(":")

@@ -44,7 +44,7 @@ BAD_CREDENTIALS = Kind(
     401,
     "Wrong user or password",
     "No user has this name and this password. Which of the two is wrong is not told.",
-    "Check both; there is no way to recover a password but an operator's reset.",
+    "Check both. Without an account yet, make one: `trimaran register USER`.",
 )
 DENIED = Kind(
     "denied",
@@ -63,7 +63,11 @@ OPERATORS_ONLY = Kind(
     "Run it on the tracker's machine, or with the operator's certificate.",
 )
 NOT_FOUND = Kind(
-    "not-found", 404, "Not found", "What was named does not exist (any more).", "List what there is."
+    "not-found",
+    404,
+    "Not found",
+    "What was named does not exist (any more).",
+    "See what there is: `trimaran group list`, `trimaran files GROUP`, `trimaran group members GROUP`.",
 )
 NO_SUCH_ROUTE = Kind(
     "no-such-route",
@@ -84,7 +88,7 @@ CONFLICT = Kind(
     409,
     "Conflict",
     "It contradicts what is: the name is taken, the content differs, the user is already a member, ...",
-    "Look at the present state, then decide.",
+    "See what is there now (`trimaran files GROUP`, `trimaran group members GROUP`), then decide.",
 )
 INVALID = Kind(
     "invalid",

@@ -17,7 +17,8 @@ from state_machine import limits
 UserName = Annotated[str, Meta(min_length=1, max_length=limits.USER_NAME_CHARS_MAX)]
 GroupName = Annotated[str, Meta(min_length=1, max_length=limits.GROUP_NAME_CHARS_MAX)]
 FileName = Annotated[str, Meta(min_length=1, max_length=limits.FILE_NAME_BYTES_MAX)]
-Password = Annotated[str, Meta(min_length=8, max_length=1024)]
+PASSWORD_CHARS_MIN = 8
+Password = Annotated[str, Meta(min_length=PASSWORD_CHARS_MIN, max_length=1024)]
 PeerId = Annotated[str, Meta(pattern=r"^[a-z2-7]{52}$")]
 ManifestId = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
 NodeId = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]

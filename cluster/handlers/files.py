@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 def no_file(call: Call) -> ProblemError:
     return ProblemError(
-        kinds.NOT_FOUND, f"Group {call.group!r} shares no file {call.params['name']!r}.", field="name"
+        kinds.NOT_FOUND,
+        f"Group {call.group!r} shares no file {call.params['name']!r}.",
+        field="name",
+        hint="See what it shares: trimaran files GROUP",
     )
 
 

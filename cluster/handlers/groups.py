@@ -86,7 +86,12 @@ async def show_group(service: Service, call: Call) -> t.GroupAnswer:
     state = service.machine.state
     group = queries.show_group(state, call.group, call.user)
     if group is None:
-        raise ProblemError(kinds.NOT_FOUND, f"There is no group {call.group!r}.", field="group")
+        raise ProblemError(
+            kinds.NOT_FOUND,
+            f"There is no group {call.group!r}.",
+            field="group",
+            hint="See all groups: trimaran group list",
+        )
     members = [] if group.role is None else _members(service, call.group)
     return t.GroupAnswer(
         name=group.name, owner=group.owner, role=group.role, member_count=group.members, members=members

@@ -74,7 +74,12 @@ async def remove_node(service: Service, call: Call) -> t.Done:
     whoever signed in at that node signs in again after that."""
     node_id = call.params["id"]
     if all(node.info.node_id != node_id for node in service.consensus.status().nodes):
-        raise ProblemError(kinds.NOT_FOUND, f"The cluster has no node {node_id!r}.", field="id")
+        raise ProblemError(
+            kinds.NOT_FOUND,
+            f"The cluster has no node {node_id!r}.",
+            field="id",
+            hint="See its nodes: trimaran cluster status",
+        )
     settings = service.settings
     await _change(service.consensus.remove_node(node_id, deadline_seconds=settings.membership_seconds))
     until_ms = service.wall_ms() + round((settings.token_seconds + settings.skew_seconds) * 1000)

@@ -128,7 +128,7 @@ def _replace_fault(draft: Draft, command: PublishFile, before: File, actor: Memb
             Code.CONFLICT,
             f"{shown} is taken by other content, shared by {quoted(before.shared_by)}",
             "name",
-            "Share it under another name, or replace the file.",
+            "Share it under another name (--name), or replace the file (--replace).",
         )
     if command.actor != before.shared_by and actor.role == "member":
         return draft.refuse(
@@ -164,7 +164,12 @@ def remove_file(state: State, command: RemoveFile, draft: Draft) -> Any:
         return actor
     file = state.files.get(group, name)
     if file is None:
-        return draft.refuse(Code.NOT_FOUND, f"group {quoted(group)} shares no {quoted(name)}", "name")
+        return draft.refuse(
+            Code.NOT_FOUND,
+            f"group {quoted(group)} shares no {quoted(name)}",
+            "name",
+            "See what it shares: trimaran files GROUP",
+        )
     if command.actor != file.shared_by and actor.role == "member":
         return draft.refuse(
             Code.DENIED,

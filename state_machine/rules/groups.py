@@ -62,8 +62,14 @@ def _change_role(state: State, draft: Draft, group: str, user: str, role: Role) 
     _put_member(state, draft, "member.changed", group, user, changed)
 
 
+_SEE_GROUPS = "See all groups, and what you are in them: trimaran group list"
+_SEE_MEMBERS = "See its members and their roles: trimaran group members GROUP"
+
+
 def _not_in_group(draft: Draft, group: str, user: str) -> Refused:
-    return draft.refuse(Code.NOT_FOUND, f"group {quoted(group)} has no member {quoted(user)}", "user")
+    return draft.refuse(
+        Code.NOT_FOUND, f"group {quoted(group)} has no member {quoted(user)}", "user", _SEE_MEMBERS
+    )
 
 
 def _owns_too_many(state: State, draft: Draft, user: str) -> Refused | None:
@@ -138,9 +144,11 @@ def request_join(state: State, command: RequestJoin, draft: Draft) -> Any:
     if actor not in state.users:
         return draft.refuse(Code.DENIED, f"there is no user {quoted(actor)}", hint="Register first.")
     if group not in state.groups:
-        return draft.refuse(Code.NOT_FOUND, f"there is no group {quoted(group)}", "group")
+        return draft.refuse(Code.NOT_FOUND, f"there is no group {quoted(group)}", "group", _SEE_GROUPS)
     if state.members.get(group, actor) is not None:
-        return draft.refuse(Code.CONFLICT, f"{quoted(actor)} is already a member of {quoted(group)}")
+        return draft.refuse(
+            Code.CONFLICT, f"{quoted(actor)} is already a member of {quoted(group)}", hint=_SEE_MEMBERS
+        )
     if state.join_requests.get(group, actor) is not None:
         return None
     if len(state.join_requests.rows(group)) >= limits.JOIN_REQUESTS_PER_GROUP_MAX:
@@ -165,7 +173,9 @@ def _drop_request(state: State, draft: Draft, group: str, user: str, reason: str
 def withdraw_request(state: State, command: WithdrawRequest, draft: Draft) -> Any:
     if state.join_requests.get(command.group, command.actor) is None:
         return draft.refuse(
-            Code.NOT_FOUND, f"{quoted(command.actor)} has not asked to join {quoted(command.group)}"
+            Code.NOT_FOUND,
+            f"{quoted(command.actor)} has not asked to join {quoted(command.group)}",
+            hint=_SEE_GROUPS,
         )
     _drop_request(state, draft, command.group, command.actor, "withdrawn")
     return None
@@ -181,8 +191,15 @@ def _require_request(
     if request is not None:
         return request
     if state.members.get(group, user) is not None:
-        return draft.refuse(Code.CONFLICT, f"{quoted(user)} is already a member of {quoted(group)}", "user")
-    return draft.refuse(Code.NOT_FOUND, f"{quoted(user)} has not asked to join {quoted(group)}", "user")
+        return draft.refuse(
+            Code.CONFLICT, f"{quoted(user)} is already a member of {quoted(group)}", "user", _SEE_MEMBERS
+        )
+    return draft.refuse(
+        Code.NOT_FOUND,
+        f"{quoted(user)} has not asked to join {quoted(group)}",
+        "user",
+        "See who has: trimaran group requests GROUP",
+    )
 
 
 def accept_request(state: State, command: AcceptRequest, draft: Draft) -> Any:
@@ -294,7 +311,7 @@ def promote_member(state: State, command: PromoteMember, draft: Draft) -> Any:
     if member is None:
         return _not_in_group(draft, group, user)
     if member.role != "member":
-        return draft.refuse(Code.CONFLICT, f"{quoted(user)} is already {member.role}", "user")
+        return draft.refuse(Code.CONFLICT, f"{quoted(user)} is already {member.role}", "user", _SEE_MEMBERS)
     _change_role(state, draft, group, user, "admin")
     record(state, draft, group, command.at_ms, command.actor, "promote", user)
     return None
@@ -320,7 +337,7 @@ def demote_member(state: State, command: DemoteMember, draft: Draft) -> Any:
             Code.CONFLICT, "the owner cannot be demoted", "user", "Transfer the group to another member."
         )
     if member.role != "admin":
-        return draft.refuse(Code.CONFLICT, f"{quoted(user)} is not an admin", "user")
+        return draft.refuse(Code.CONFLICT, f"{quoted(user)} is not an admin", "user", _SEE_MEMBERS)
     _change_role(state, draft, group, user, "member")
     record(state, draft, group, command.at_ms, command.actor, "demote", user)
     return None
@@ -334,7 +351,9 @@ def transfer_group(state: State, command: TransferGroup, draft: Draft) -> Any:
     if state.members.get(group, user) is None:
         return _not_in_group(draft, group, user)
     if user == command.actor:
-        return draft.refuse(Code.CONFLICT, f"{quoted(user)} already owns {quoted(group)}", "user")
+        return draft.refuse(
+            Code.CONFLICT, f"{quoted(user)} already owns {quoted(group)}", "user", _SEE_MEMBERS
+        )
     refused = _owns_too_many(state, draft, user)
     if refused is not None:
         return refused

@@ -18,6 +18,7 @@ import orjson
 import pytest
 
 from peer.reports import Exit, TrimaranError
+from peer.trouble import sentence
 from trimaran.cli import main as front
 from trimaran.cli.app import _COMMANDS, build
 
@@ -100,6 +101,71 @@ def test_usage_errors_are_2_and_name_what_is_wrong(
     assert error.keys() == {"code", "message", "outcome", "hint"}
     assert error["outcome"] == "definite"
     assert error["message"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message", "hint"),
+    [
+        (("register",), "`trimaran register` needs USER.", "See: trimaran register --help"),
+        (("share", "x"), "`trimaran share` needs --group.", "See: trimaran share --help"),
+        (("grup",), 'Unknown command "grup". Did you mean "group"?', "See: trimaran --help"),
+        (("zzz",), 'Unknown command "zzz".', "See: trimaran --help"),
+        (("group", "creat"), 'Unknown command "creat". Did you mean "create"?', "See: trimaran group --help"),
+        (
+            ("peer", "zzz"),
+            'Unknown command "zzz". `trimaran peer` knows: run, limits.',
+            "See: trimaran peer --help",
+        ),
+        (("--quiet", "peer"), "`trimaran peer` needs a verb: run, limits.", "See: trimaran peer --help"),
+        (
+            ("get", "a/b", "--dwn", "1"),
+            "Unknown option: --dwn. Did you mean --down?",
+            "See: trimaran get --help",
+        ),
+        (("files", ""), 'Invalid value "" for GROUP. A name cannot be empty.', "See: trimaran files --help"),
+        (
+            ("files", "g", "--trackers", "https://127.0.0.1:1", "--ca", "/nowhere.pem"),
+            "Cannot use /nowhere.pem as the cluster's CA: No such file or directory.",
+            "Name the cluster's CA with --ca FILE (or TRIMARAN_CA): it is the ca.pem in a tracker's data folder.",
+        ),
+        (
+            ("register", "ana", "--trackers", "https://127.0.0.1:1"),
+            "A password has at least 8 characters; this one has 5.",
+            "Nothing was done. Choose a longer one.",
+        ),
+    ],
+)
+def test_a_mistake_is_named_with_what_to_do(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    argv: tuple[str, ...],
+    message: str,
+    hint: str,
+) -> None:
+    monkeypatch.setenv("TRIMARAN_HOME", str(tmp_path))
+    monkeypatch.setenv("TRIMARAN_PASSWORD", "short")
+    (tmp_path / "session.json").write_text('{"user":"ana","session":"x","expires_at":"2100-01-01T00:00:00Z"}')
+    assert front.dispatch(argv) == Exit.USAGE
+    assert capsys.readouterr().err.splitlines() == [f"error: {message}", f"  {hint}"]
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("the name is taken", "The name is taken."),
+        ("'ana' is no member", "'ana' is no member."),
+        ("https://host:1 is not encrypted", "https://host:1 is not encrypted."),
+        (
+            "nothing was changed; see `trimaran x`, and go on",
+            "Nothing was changed; see `trimaran x`, and go on.",
+        ),
+        ("See all groups: trimaran group list", "See all groups: trimaran group list"),
+        ("", ""),
+    ],
+)
+def test_what_a_person_reads_is_a_sentence(said: str, told: str) -> None:
+    assert sentence(said) == told
 
 
 def test_the_environment_asks_for_json_too(tmp_path: Path) -> None:

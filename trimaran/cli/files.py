@@ -11,18 +11,20 @@ from cyclopts import Parameter
 from peer.reports import Exit, GetReport, TrimaranError
 from trimaran.output import Output, harmless, lasting, rated, sized
 from trimaran.progress import Display
-from trimaran.settings import DEFAULTS, Common, group_and_name, peer_settings, rate
+from trimaran.settings import DEFAULTS, Common, a_name, group_and_name, peer_settings, rate
 from trimaran.wiring import peer_session, signed_in, until_cancelled
 
 SharedName = Annotated[str, Parameter(name="GROUP/NAME", help="A shared file.")]
-Group = Annotated[str, Parameter(help="The group's name.")]
+Group = Annotated[str, Parameter(help="The group's name.", validator=a_name)]
 
 
 async def share(
     path: Annotated[str, Parameter(help="A file or a folder.")],
     /,
     *,
-    group: Annotated[str, Parameter(name=["--group", "-g"], help="The group that may have it.")],
+    group: Annotated[
+        str, Parameter(name=["--group", "-g"], help="The group that may have it.", validator=a_name)
+    ],
     name: Annotated[str, Parameter(help="Its name in the group; else the file's own.")] = "",
     replace: Annotated[bool, Parameter(help="Replace other content shared under this name.")] = False,
     algorithm: Annotated[str, Parameter(help="sha256 (default) or blake3, for the pieces.")] = "",

@@ -9,13 +9,13 @@ from cyclopts import App, Parameter
 
 from cluster.api.types import Done, GroupAnswer
 from trimaran.output import Output
-from trimaran.settings import DEFAULTS, Common
+from trimaran.settings import DEFAULTS, Common, a_name, usage
 from trimaran.wiring import SignedIn, signed_in
 
 app = App(name="group", help="Groups: make them, join them, run them.")
 
-Group = Annotated[str, Parameter(help="The group's name.")]
-User = Annotated[str, Parameter(help="The user's name.")]
+Group = Annotated[str, Parameter(help="The group's name.", validator=a_name)]
+User = Annotated[str, Parameter(help="The user's name.", validator=a_name)]
 
 
 async def _do(common: Common, told: str, change: Callable[[SignedIn], Awaitable[Done]]) -> None:
@@ -82,7 +82,8 @@ async def _show(group: str, common: Common, ask: Callable[[SignedIn], Awaitable[
         lambda: out.table(
             ("MEMBER", "ROLE", "SINCE"),
             [(each.user, each.role, each.since) for each in answer.members],
-            empty=f"{group} belongs to {answer.owner}; its {answer.member_count} members are told to members alone.",
+            empty=f"{group} belongs to {answer.owner}; it has {answer.member_count} member{'s' * (answer.member_count != 1)}. "
+            "Who they are is told to members alone.",
         ),
     )
 
@@ -151,6 +152,12 @@ async def reject(group: Group, user: User, /, *, common: Common = DEFAULTS) -> N
 @app.command
 async def kick(group: Group, user: User, /, *, common: Common = DEFAULTS) -> None:
     """Put a member out (admins). The members' peers refuse them at once, transfers in progress included."""
+    async with signed_in(common) as here:
+        if user == here.user:
+            usage(
+                "You cannot put yourself out. Nothing was changed.",
+                f"Leave with: trimaran group leave {group}",
+            )
     await _do(
         common,
         f"{user} is no longer a member of {group}.",

@@ -163,12 +163,14 @@ def _told(error: BaseException, argv: Sequence[str]) -> TrimaranError:
             hint="The same command again goes on from there.",
         )
     if isinstance(error, CycloptsError):
-        verb = " ".join(each for each in hoisted(argv)[:2] if not each.startswith("-"))
+        words = [each for each in hoisted(argv)[:2] if not each.startswith("-")]
+        verbs = [" ".join(words), *words[:1]] if words[:1] and words[0] in NOUNS else words[:1]
+        verb = next((each for each in verbs if _known_verb(each)), "")
         return TrimaranError(
             _sentence(error),
             exit_code=Exit.USAGE,
             code="usage",
-            hint=f"See: trimaran {verb} --help" if _known_verb(verb) else "See: trimaran --help",
+            hint=f"See: trimaran {verb} --help" if verb else "See: trimaran --help",
         )
     if isinstance(error, TrackerError):
         return of_tracker(error)
@@ -195,7 +197,17 @@ def _most_telling(group: BaseExceptionGroup[BaseException]) -> BaseException:
 
 
 def _sentence(error: CycloptsError) -> str:
+    from cyclopts import MissingArgumentError, UnknownCommandError
+
     text = " ".join(str(error).split())
+    if isinstance(error, MissingArgumentError) and error.argument is not None and error.keyword is None:
+        return f"`trimaran {' '.join(error.command_chain or ())}` needs {error.argument.name}."
+    if isinstance(error, UnknownCommandError):
+        said, _, known = text.partition(" Available commands: ")
+        noun = f"trimaran {' '.join(error.command_chain)}" if error.command_chain else ""
+        if noun and error.unused_tokens and error.unused_tokens[0].startswith("-"):
+            return f"`{noun}` needs a verb: {known}"
+        return said if "Did you mean" in said or not noun else f"{said} `{noun}` knows: {known}"
     return text if text.endswith((".", "?", "!")) else f"{text}."
 
 

@@ -9,12 +9,13 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from cluster.api.types import PASSWORD_CHARS_MIN
 from peer.reports import WhoReport
 from trimaran.output import Output
-from trimaran.settings import DEFAULTS, Common, remember_trackers, usage
+from trimaran.settings import DEFAULTS, Common, a_name, remember_trackers, usage
 from trimaran.wiring import peer_session
 
-User = Annotated[str, Parameter(help="The user's name.")]
+User = Annotated[str, Parameter(help="The user's name.", validator=a_name)]
 PasswordStdin = Annotated[bool, Parameter(help="Read the password from the first line of stdin.")]
 
 
@@ -31,7 +32,7 @@ async def register(
     The password is asked for, or taken from TRIMARAN_PASSWORD or --password-stdin; it is never an argument.
     """
     async with peer_session(common) as session:
-        password = _password(password_stdin, twice=True)
+        password = _new(_password(password_stdin, twice=True))
         await session.register(user, password, invitation)
         _welcome(common, await session.login(user, password), "Registered and signed in")
 
@@ -64,10 +65,22 @@ async def passwd(*, password_stdin: PasswordStdin = False, common: Common = DEFA
     --password-stdin they are the first two lines.
     """
     async with peer_session(common) as session:
+        await session.whoami()  # who is not signed in need not type
         password = _password(password_stdin, prompt="Present password: ")
-        new = _password(password_stdin, variable="TRIMARAN_NEW_PASSWORD", prompt="New password: ", twice=True)
+        new = _new(
+            _password(password_stdin, variable="TRIMARAN_NEW_PASSWORD", prompt="New password: ", twice=True)
+        )
         revision = await session.change_password(password, new)
     Output.of(common).answer({"revision": revision}, "The password is changed.")
+
+
+def _new(password: str) -> str:
+    if len(password) < PASSWORD_CHARS_MIN:
+        usage(
+            f"A password has at least {PASSWORD_CHARS_MIN} characters; this one has {len(password)}.",
+            "Nothing was done. Choose a longer one.",
+        )
+    return password
 
 
 def _welcome(common: Common, who: WhoReport, what: str) -> None:
