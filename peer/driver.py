@@ -123,6 +123,7 @@ class DownloadDriver:
         self._addresses: dict[str, tuple[str, ...]] = {}
         self._requests: dict[int, asyncio.Task[None]] = {}
         self._jobs: set[asyncio.Task[None]] = set()
+        self._checked = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._soon: asyncio.Handle | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -232,7 +233,8 @@ class DownloadDriver:
     async def _request(self, action: ev.RequestPiece | ev.RequestNext) -> None:
         number = action.request
         while len(self._jobs) >= CHECKS_MAX:
-            await asyncio.wait(self._jobs, return_when=asyncio.FIRST_COMPLETED)
+            self._checked.clear()
+            await self._checked.wait()
         buffer = await self._pool.acquire(self._piece_bytes)
         arrived = -1
         try:
@@ -251,7 +253,11 @@ class DownloadDriver:
         self.feed(ev.PieceArrived(number))
         job = asyncio.create_task(self._commit(number, action.peer, arrived, buffer))
         self._jobs.add(job)
-        job.add_done_callback(self._jobs.discard)
+        job.add_done_callback(self._job_ended)
+
+    def _job_ended(self, job: asyncio.Task[None]) -> None:
+        self._jobs.discard(job)
+        self._checked.set()
 
     async def _fetch(self, action: ev.RequestPiece | ev.RequestNext, token: str, buffer: memoryview) -> int:
         """The index of the piece that is now in the buffer, or -1 after telling the machine why not."""

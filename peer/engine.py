@@ -49,7 +49,7 @@ from .trouble import not_signed_in
 
 log = logging.getLogger("trimaran.peer")
 
-WATCHDOG_SECONDS: Final = 0.02
+WATCHDOG_SECONDS: Final = 0.04
 FIND_SECONDS_MIN: Final = 1.0
 
 

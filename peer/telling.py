@@ -23,6 +23,8 @@ def piece_map(have: Mask, pieces: int) -> str:
     """One character for each of at most 512 buckets: '0'..'8', the eighths that are here (8 only when all are)."""
     if pieces <= 0:
         return ""
+    if pieces <= BUCKETS_MAX:  # looked at ten times a second, by everyone who watches
+        return f"{have:0{pieces}b}"[::-1].replace("1", "8")
     buckets = min(pieces, BUCKETS_MAX)
     shown = []
     for bucket in range(buckets):
