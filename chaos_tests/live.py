@@ -30,6 +30,7 @@ import orjson
 from benchmarks import hosts
 from benchmarks.hosts import LOOPBACK, Host
 from benchmarks.processes import Process, free_ports
+from chaos_tests import ending
 from chaos_tests.people import Person, until
 from peer import control
 from peer.reports import PsRow, TrimaranError
@@ -268,10 +269,11 @@ def main() -> int:
     parser.add_argument("--scale", type=float, default=1.0, help="of the file sizes")
     parser.add_argument("--out", type=Path, default=Path("chaos-report/live"))
     options = parser.parse_args()
+    ending.prepare()
     results = []
     for name in options.only.split(","):
         results.append(
-            asyncio.run(play(name, loopback=options.loopback, scale=options.scale, out=options.out))
+            ending.run(play(name, loopback=options.loopback, scale=options.scale, out=options.out))
         )
         print(json.dumps(results[-1]), flush=True)
     (options.out / "results.json").write_bytes(orjson.dumps(results, option=orjson.OPT_INDENT_2))

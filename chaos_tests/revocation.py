@@ -31,6 +31,7 @@ import orjson
 from msgspec import Struct, to_builtins
 
 from benchmarks import results
+from chaos_tests import ending
 from chaos_tests.asker import Asker, Member
 from chaos_tests.history import Recorder
 from chaos_tests.people import PASSWORD, Person
@@ -352,13 +353,14 @@ def main() -> int:
     parser.add_argument("--keep", default="", help="keep the summary under this name in benchmarks/results")
     parser.add_argument("--no-blackout", action="store_true")
     options = parser.parse_args()
+    ending.prepare()
     try:
-        done = asyncio.run(
+        done = ending.run(
             withdraw(plan(options.trials, options.others), options.seed, options.out / "withdrawn")
         )
         dark = None
         if not options.no_blackout:
-            dark = asyncio.run(blackout(options.token_seconds, options.seed, options.out / "blackout"))
+            dark = ending.run(blackout(options.token_seconds, options.seed, options.out / "blackout"))
     except (TrackerError, RuntimeError, TimeoutError) as error:
         print(f"the run broke off: {error}", file=sys.stderr)
         return 1

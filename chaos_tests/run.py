@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from chaos_tests import compounds, faults, load, namespaces, peer_faults, report, workload
+from chaos_tests import compounds, ending, faults, load, namespaces, peer_faults, report, workload
 from chaos_tests.checkers import availability, cluster, linearizability, product, revisions, watches
 from chaos_tests.checkers.verdict import Verdict
 from chaos_tests.client import Api
@@ -264,6 +264,7 @@ def main() -> int:
     parser.add_argument("--nodes", type=int)
     parser.add_argument("--out", type=Path, default=Path("chaos-report"))
     options = parser.parse_args()
+    ending.prepare()
     seed = options.seed if options.seed is not None else int(time.time())
     profile = {"smoke": SMOKE, "canary": CANARY, "namespaces": NAMESPACES}.get(options.profile, NIGHTLY)
     canary = options.profile == "canary"
@@ -276,12 +277,12 @@ def main() -> int:
             with namespaces.Network([f"n{i + 1}" for i in range(profile.nodes)]) as network:
                 network.enter()
                 make_rig = partial(namespaces.NamespaceRig, network)
-                history, verdicts = asyncio.run(run(profile, seed, out, make_rig=make_rig))
+                history, verdicts = ending.run(run(profile, seed, out, make_rig=make_rig))
         except namespaces.Unavailable as reason:
             print(f"SKIPPED: {reason}")
             return 0
     else:
-        history, verdicts = asyncio.run(run(profile, seed, out, CANARY_OFF if canary else ""))
+        history, verdicts = ending.run(run(profile, seed, out, CANARY_OFF if canary else ""))
     told = figures(history, verdicts)
     report.write(
         out / "report.html",
