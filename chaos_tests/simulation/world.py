@@ -60,14 +60,23 @@ class Process:
         self.links: SimulatedLinks | None = None
         self.started_once = False
         self.damaged = False
-        self.safe_index = 0  # up to where the log was on the disk when the process ended
+        self.safe_index = 0  # what it held when the process ended
         self.refused: str | None = None  # why it would not start
         self.ended: str | None = None  # why it ended itself
         self.checked_commit = 0
+        self.checked_change = (0, 0)  # (term, index) of the latest change it made as leader
 
     @property
     def up(self) -> bool:
         return self.core is not None
+
+    @property
+    def held_index(self) -> int:
+        """Up to where it has everything on its disk, in the log or in a snapshot."""
+        if self.core is None:
+            return self.safe_index
+        meta = self.core.store.latest()
+        return max(self.core.guard.journal.synced_index, meta.index if meta is not None else 0)
 
     @property
     def awake(self) -> bool:
@@ -143,7 +152,7 @@ class Process:
     def stop(self) -> None:
         """As `kill -9` does: what the kernel has stays."""
         if self.core is not None:
-            self.safe_index = self.core.guard.journal.synced_index
+            self.safe_index = self.held_index
         self._gone()
         self.disk.disarm()
         self.world.network.stop(self.node_id)
@@ -245,7 +254,6 @@ class World:
         self.steady_term: int | None = None  # while set, leadership must not change
         self.no_snapshot_needed = False
         self.on_vote: Callable[[str, str], None] | None = None
-        self._configuration: tuple[int, frozenset[str]] = (0, frozenset())
         self._trace = hashlib.blake2b(digest_size=16)
         self._requests = 0
         self._node_count = size
@@ -562,22 +570,31 @@ class World:
             self.violation("snapshot for a short absence", f"{process.node_id} sent one")
 
     def _check_new_voters(self, process: Process, core: RaftCore) -> None:
-        """A configuration is first seen where it is made: on the leader that appends it."""
-        index = core.membership.current_index
-        if index <= self._configuration[0]:
+        """Whom a leader makes a voter has on its disk what was committed then, but for the lag that is allowed.
+
+        Judged where the change is made, against the configuration before it in that same log: a change only another
+        log held says nothing, nor does a configuration that came with a snapshot."""
+        guard, index = core.guard, core.membership.current_index
+        change = (guard.term, index)
+        if (
+            change <= process.checked_change
+            or index <= guard.first_index
+            or guard.term_at(index) != guard.term
+        ):
             return
-        before = self._configuration[1]
-        voters = core.membership.current.voter_ids()
-        self._configuration = (index, voters)
-        for node_id in sorted(voters - before) if before else ():
+        process.checked_change = change
+        committed = min(guard.commit_index, index)
+        before = core.membership.at(index - 1).voter_ids()
+        for node_id in sorted(core.membership.current.voter_ids() - before):
             new = self.processes.get(node_id)
             if (
                 new is not None
-                and new.core is not None
-                and new.core.guard.last_index + 100 < core.guard.commit_index
+                and not new.damaged
+                and new.held_index + self.tuning["learner_lag_entries"] < committed
             ):
                 self.violation(
-                    "a voter counts before it has caught up", f"{node_id} has {new.core.guard.last_index}"
+                    "a voter counts before it has caught up",
+                    f"{node_id} has {new.held_index} of {committed}, by {process.node_id} in term {guard.term}",
                 )
 
     def check_callers(self) -> None:
