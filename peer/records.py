@@ -87,8 +87,9 @@ class Records:
                     code="home-format",
                     hint="Use the version that wrote it, or another home.",
                 )
-            self._database.executescript(_SCHEMA)
-            self._database.execute(f"PRAGMA user_version={_SCHEMA_VERSION}")
+            if not version:  # a home on a full disk can still be opened
+                self._database.executescript(_SCHEMA)
+                self._database.execute(f"PRAGMA user_version={_SCHEMA_VERSION}")
         except sqlite3.DatabaseError as error:
             raise TrimaranError(
                 f"The state in {file} cannot be read: {error}.",

@@ -19,7 +19,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from cluster.api import idempotency
 from cluster.api.client import TrackerClient
 from cluster.api.errors import TrackerError
 from cluster.api.types import SessionAnswer
@@ -42,6 +41,7 @@ from .reports import (
     WhoReport,
 )
 from .trouble import away, not_signed_in, of_tracker
+from .writes import Writes
 
 OPEN_SECONDS: Final = 5.0
 GC_THRESHOLD: Final = 20_000  # new objects between looks for cycles; Python's own 700 is for small programs
@@ -89,6 +89,7 @@ class LocalSession:
         self._engine: Engine | None = None
         self._control = control.ControlServer(home.socket, self._perform)
         self._mutex = asyncio.Lock()
+        self._writes = Writes(self._records)
         self._foreground = True
         self._closing = False
 
@@ -150,9 +151,10 @@ class LocalSession:
     # --- people ---------------------------------------------------------------------------------
 
     async def register(self, user: str, password: str, invitation: str = "") -> WhoReport:
-        key = idempotency.new_key()
         try:
-            await self._trackers().register(user, password, invitation, key=key)
+            await self._writes.once(
+                f"register/{user}", lambda key: self._trackers().register(user, password, invitation, key=key)
+            )
         except TrackerError as error:
             raise of_tracker(error) from error
         return WhoReport(user=user, peer_id=self._identity.peer_id)
@@ -180,7 +182,8 @@ class LocalSession:
     async def logout(self) -> int:
         sign_in = self._signed_in()
         try:
-            done = await self._trackers().as_session(sign_in.session).logout()
+            trackers = self._trackers().as_session(sign_in.session)
+            done = await self._writes.once(f"{sign_in.user}/logout", lambda key: trackers.logout(key=key))
             revision = done.revision
         except TrackerError as error:
             if error.code != "unauthenticated":  # ended already: then this is what was wanted
@@ -203,7 +206,11 @@ class LocalSession:
     async def change_password(self, password: str, new_password: str) -> int:
         sign_in = self._signed_in()
         try:
-            done = await self._trackers().as_session(sign_in.session).change_password(password, new_password)
+            trackers = self._trackers().as_session(sign_in.session)
+            done = await self._writes.once(
+                f"{sign_in.user}/passwd",
+                lambda key: trackers.change_password(password, new_password, key=key),
+            )
             # The change ends all sessions, this one too.
             answer = await self._trackers().login(sign_in.user, new_password)
         except TrackerError as error:

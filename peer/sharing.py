@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from cluster.api import idempotency
 from cluster.api import types as t
 from cluster.api.errors import TrackerError
 
@@ -30,6 +29,7 @@ from .reports import Exit, OnProgress, Progress, ShareReport, State, TrimaranErr
 from .swarm import Swarm
 from .tracker_agent import FactKey
 from .trouble import away, of_tracker
+from .writes import Writes
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -157,9 +157,7 @@ class Sharing:
         )
 
     async def _publish(self, manifest: Manifest, group: str, name: str, *, replace: bool) -> None:
-        """Tell the cluster. The request's key is kept until its end is known, so that a restart in between repeats
-        it instead of making another."""
-        records = self._engine.records
+        """Tell the cluster."""
         layout = manifest.layout
         body = t.FileBody(
             kind=layout.kind,
@@ -170,21 +168,15 @@ class Sharing:
             manifest_id=manifest.id,
             replace=replace,
         )
-        encoded = msgspec.msgpack.encode(body)
-        intent = f"publish/{group}/{name}"
-        pending = await asyncio.to_thread(records.pending, intent)
-        if pending is not None and pending[1] == encoded:
-            key = pending[0]
-        else:
-            key = idempotency.new_key()
-            await asyncio.to_thread(records.put_pending, intent, key, encoded)
+        client = self._engine.client
         try:
-            await self._engine.client.publish_file(group, name, body, key=key)
+            await Writes(self._engine.records).once(
+                f"{self._engine.user}/publish/{group}/{name}",
+                lambda key: client.publish_file(group, name, body, key=key),
+                body=msgspec.msgpack.encode(body),
+            )
         except TrackerError as error:
-            if error.outcome == "definite":
-                await asyncio.to_thread(records.settle, intent)
             raise of_tracker(error) from error
-        await asyncio.to_thread(records.settle, intent)
 
     # --- what is offered ------------------------------------------------------------------------
 

@@ -7,11 +7,11 @@ stand inside the functions: `trimaran --help` must not pay for them.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
@@ -19,9 +19,13 @@ from .settings import Common, peer_settings
 
 if TYPE_CHECKING:
     from cluster.api.client import TrackerClient
+    from peer.identity import SignIn
     from peer.reports import PeerSession, PeerSettings
+    from peer.writes import Writes
 
 REVISION_SECONDS = 1.0
+
+A = TypeVar("A")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +34,11 @@ class SignedIn:
 
     trackers: TrackerClient
     user: str
+    writes: Writes
+
+    async def once(self, intent: tuple[str, ...], write: Callable[[str], Awaitable[A]]) -> A:
+        """A write, called with its key: should we be killed in it, the same again goes on with that key."""
+        return await self.writes.once("/".join((self.user, *intent)), write)
 
 
 @asynccontextmanager
@@ -48,16 +57,28 @@ async def peer_session(common: Common, settings: PeerSettings | None = None) -> 
 @asynccontextmanager
 async def signed_in(common: Common) -> AsyncIterator[SignedIn]:
     """Raises `TrimaranError` where nobody is signed in."""
+    from peer.home import Home
+    from peer.records import Records
+    from peer.writes import Writes
+
+    stored = sign_in(common)
+    records = await asyncio.to_thread(Records, Home(common.home_folder).state_file)
+    try:
+        async with trackers(common) as client:
+            yield SignedIn(client.as_session(stored.session), stored.user, Writes(records))
+    finally:
+        await asyncio.to_thread(records.close)
+
+
+def sign_in(common: Common) -> SignIn:
+    """Who is signed in, as the home has it. Raises `TrimaranError` where nobody is."""
     from peer.identity import SignIn
     from peer.trouble import not_signed_in
 
-    settings = peer_settings(common)
     try:
-        stored = msgspec.json.decode((settings.home / "session.json").read_bytes(), type=SignIn)
+        return msgspec.json.decode((peer_settings(common).home / "session.json").read_bytes(), type=SignIn)
     except (OSError, msgspec.DecodeError):
         raise not_signed_in() from None
-    async with trackers(common) as client:
-        yield SignedIn(client.as_session(stored.session), stored.user)
 
 
 @asynccontextmanager

@@ -58,7 +58,10 @@ def register_user(state: State, command: RegisterUser, draft: Draft) -> Any:
         return refused
     if command.user in state.users:
         return draft.refuse(
-            Code.CONFLICT, f"the user name {quoted(command.user)} is taken", "user", "Choose another name."
+            Code.CONFLICT,
+            f"the user name {quoted(command.user)} is taken",
+            "user",
+            "Choose another name; or sign in if it is yours: trimaran login USER",
         )
     if len(state.users) >= limits.USERS_MAX:
         return draft.refuse(Code.OVER_LIMIT, f"the cluster has {limits.USERS_MAX} users already", "user")

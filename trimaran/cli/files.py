@@ -75,7 +75,9 @@ async def remove(shared: SharedName, /, *, common: Common = DEFAULTS) -> None:
     """Take a file off its group: who shared it may, and the group's admins."""
     group, name = group_and_name(shared)
     async with signed_in(common) as here:
-        done = await here.trackers.remove_file(group, name)
+        done = await here.once(
+            ("remove", group, name), lambda key: here.trackers.remove_file(group, name, key=key)
+        )
     Output.of(common).answer({"revision": done.revision}, f"{harmless(shared)} is taken off the group.")
 
 

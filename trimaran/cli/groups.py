@@ -18,16 +18,24 @@ Group = Annotated[str, Parameter(help="The group's name.", validator=a_name)]
 User = Annotated[str, Parameter(help="The user's name.", validator=a_name)]
 
 
-async def _do(common: Common, told: str, change: Callable[[SignedIn], Awaitable[Done]]) -> None:
+async def _do(
+    common: Common, told: str, intent: tuple[str, ...], change: Callable[[SignedIn, str], Awaitable[Done]]
+) -> None:
+    """A write, given its idempotency key; `intent` is the verb and what it is done to."""
     async with signed_in(common) as here:
-        done = await change(here)
+        done = await here.once(intent, lambda key: change(here, key))
     Output.of(common).answer({"revision": done.revision}, told)
 
 
 @app.command
 async def create(group: Group, /, *, common: Common = DEFAULTS) -> None:
     """Make a group. Who makes it owns it."""
-    await _do(common, f"The group {group} is yours.", lambda here: here.trackers.create_group(group))
+    await _do(
+        common,
+        f"The group {group} is yours.",
+        ("create", group),
+        lambda here, key: here.trackers.create_group(group, key=key),
+    )
 
 
 @app.command(name="list")
@@ -92,7 +100,10 @@ async def _show(group: str, common: Common, ask: Callable[[SignedIn], Awaitable[
 async def join(group: Group, /, *, common: Common = DEFAULTS) -> None:
     """Ask to join a group. Its admins accept or reject."""
     await _do(
-        common, f"Asked to join {group}; an admin accepts.", lambda here: here.trackers.request_join(group)
+        common,
+        f"Asked to join {group}; an admin accepts.",
+        ("join", group),
+        lambda here, key: here.trackers.request_join(group, key=key),
     )
 
 
@@ -102,7 +113,8 @@ async def withdraw(group: Group, /, *, common: Common = DEFAULTS) -> None:
     await _do(
         common,
         f"You no longer ask to join {group}.",
-        lambda here: here.trackers.delete_join_request(group, here.user),
+        ("withdraw", group),
+        lambda here, key: here.trackers.delete_join_request(group, here.user, key=key),
     )
 
 
@@ -110,7 +122,12 @@ async def withdraw(group: Group, /, *, common: Common = DEFAULTS) -> None:
 async def leave(group: Group, /, *, common: Common = DEFAULTS) -> None:
     """Leave a group. When the owner leaves, the longest-standing admin, else member, takes over; the last one out
     removes the group."""
-    await _do(common, f"You left {group}.", lambda here: here.trackers.remove_member(group, here.user))
+    await _do(
+        common,
+        f"You left {group}.",
+        ("leave", group),
+        lambda here, key: here.trackers.remove_member(group, here.user, key=key),
+    )
 
 
 @app.command
@@ -135,7 +152,8 @@ async def accept(group: Group, user: User, /, *, common: Common = DEFAULTS) -> N
     await _do(
         common,
         f"{user} is a member of {group}.",
-        lambda here: here.trackers.put_member(group, user, "accept"),
+        ("accept", group, user),
+        lambda here, key: here.trackers.put_member(group, user, "accept", key=key),
     )
 
 
@@ -145,7 +163,8 @@ async def reject(group: Group, user: User, /, *, common: Common = DEFAULTS) -> N
     await _do(
         common,
         f"{user}'s request is turned down.",
-        lambda here: here.trackers.delete_join_request(group, user),
+        ("reject", group, user),
+        lambda here, key: here.trackers.delete_join_request(group, user, key=key),
     )
 
 
@@ -161,7 +180,8 @@ async def kick(group: Group, user: User, /, *, common: Common = DEFAULTS) -> Non
     await _do(
         common,
         f"{user} is no longer a member of {group}.",
-        lambda here: here.trackers.remove_member(group, user),
+        ("kick", group, user),
+        lambda here, key: here.trackers.remove_member(group, user, key=key),
     )
 
 
@@ -171,7 +191,8 @@ async def promote(group: Group, user: User, /, *, common: Common = DEFAULTS) -> 
     await _do(
         common,
         f"{user} is an admin of {group}.",
-        lambda here: here.trackers.put_member(group, user, "promote"),
+        ("promote", group, user),
+        lambda here, key: here.trackers.put_member(group, user, "promote", key=key),
     )
 
 
@@ -181,20 +202,31 @@ async def demote(group: Group, user: User, /, *, common: Common = DEFAULTS) -> N
     await _do(
         common,
         f"{user} is a plain member of {group}.",
-        lambda here: here.trackers.put_member(group, user, "demote"),
+        ("demote", group, user),
+        lambda here, key: here.trackers.put_member(group, user, "demote", key=key),
     )
 
 
 @app.command
 async def transfer(group: Group, user: User, /, *, common: Common = DEFAULTS) -> None:
     """Make another member the owner (owner). You stay as an admin."""
-    await _do(common, f"{user} owns {group}.", lambda here: here.trackers.put_member(group, user, "transfer"))
+    await _do(
+        common,
+        f"{user} owns {group}.",
+        ("transfer", group, user),
+        lambda here, key: here.trackers.put_member(group, user, "transfer", key=key),
+    )
 
 
 @app.command
 async def delete(group: Group, /, *, common: Common = DEFAULTS) -> None:
     """Delete a group with all it shares (owner). What members downloaded stays theirs."""
-    await _do(common, f"The group {group} is deleted.", lambda here: here.trackers.delete_group(group))
+    await _do(
+        common,
+        f"The group {group} is deleted.",
+        ("delete", group),
+        lambda here, key: here.trackers.delete_group(group, key=key),
+    )
 
 
 @app.command
@@ -223,7 +255,12 @@ async def quarantine(
 ) -> None:
     """List the peers that several members reported for wrong pieces, or lift one's quarantine (admins)."""
     if lift:
-        await _do(common, f"{lift} may serve again.", lambda here: here.trackers.lift_quarantine(group, lift))
+        await _do(
+            common,
+            f"{lift} may serve again.",
+            ("quarantine", group, lift),
+            lambda here, key: here.trackers.lift_quarantine(group, lift, key=key),
+        )
         return
     async with signed_in(common) as here:
         peers = (await here.trackers.list_quarantine(group)).peers

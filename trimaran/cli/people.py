@@ -10,10 +10,10 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from cluster.api.types import PASSWORD_CHARS_MIN
-from peer.reports import WhoReport
+from peer.reports import TrimaranError, WhoReport
 from trimaran.output import Output
 from trimaran.settings import DEFAULTS, Common, a_name, remember_trackers, usage
-from trimaran.wiring import peer_session
+from trimaran.wiring import peer_session, sign_in
 
 User = Annotated[str, Parameter(help="The user's name.", validator=a_name)]
 PasswordStdin = Annotated[bool, Parameter(help="Read the password from the first line of stdin.")]
@@ -34,7 +34,17 @@ async def register(
     async with peer_session(common) as session:
         password = _new(_password(password_stdin, twice=True))
         await session.register(user, password, invitation)
-        _welcome(common, await session.login(user, password), "Registered and signed in")
+        try:
+            who = await session.login(user, password)
+        except TrimaranError as error:
+            raise TrimaranError(
+                f"The account {user} is made, but signing in failed: {error.message}",
+                exit_code=error.exit_code,
+                code=error.code,
+                outcome=error.outcome,
+                hint=error.hint,
+            ) from error
+        _welcome(common, who, "Registered and signed in")
 
 
 async def login(user: User, /, *, password_stdin: PasswordStdin = False, common: Common = DEFAULTS) -> None:
@@ -65,7 +75,7 @@ async def passwd(*, password_stdin: PasswordStdin = False, common: Common = DEFA
     --password-stdin they are the first two lines.
     """
     async with peer_session(common) as session:
-        await session.whoami()  # who is not signed in need not type
+        sign_in(common)  # who is not signed in need not type
         password = _password(password_stdin, prompt="Present password: ")
         new = _new(
             _password(password_stdin, variable="TRIMARAN_NEW_PASSWORD", prompt="New password: ", twice=True)
