@@ -302,7 +302,8 @@ class Demo:
         kicked_at = time.monotonic()
         self.teller.tell("ana removes cho from the group while cho downloads another file from ana.")
         try:
-            await asyncio.wait_for(fetching, REFUSED_SECONDS_MAX)
+            async with asyncio.timeout(REFUSED_SECONDS_MAX):
+                await fetching
             reason = None
         except TrimaranError as error:
             reason = error.message
