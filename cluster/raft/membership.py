@@ -69,7 +69,8 @@ class Membership:
         self._changes: list[_Change] = []
         self._transfer: _Transfer | None = None
         self._transfer_told = False
-        self._dialled: set[str] = set()
+        self._linked: dict[str, NodeInfo] = {}  # whom a connection is kept to
+        self._leaving: set[str] = set()  # of these, who is hung up on in a moment
         self._told: set[str] = set()
         self._introduced: tuple[int, Configuration] = (0, Configuration(()))
         self.is_removed = False
@@ -131,16 +132,22 @@ class Membership:
         wanted = {node.node_id: node for node in (*configuration.voters, *configuration.learners)}
         wanted.pop(me, None)
         for node_id in sorted(wanted):
-            if node_id not in self._dialled:
-                self._dialled.add(node_id)
-                self._host.dial(wanted[node_id])
-        for node_id in sorted(self._dialled - set(wanted)):
-            self._dialled.discard(node_id)
+            node, before = wanted[node_id], self._linked.get(node_id)
+            if before is not None and before != node:
+                self._host.hang_up(node_id)  # at the other end is whoever bore this name before
+            if before != node or node_id in self._leaving:
+                self._host.dial(node)
+            self._linked[node_id] = node
+            self._leaving.discard(node_id)
+        for node_id in sorted(set(self._linked) - set(wanted) - self._leaving):
+            self._leaving.add(node_id)
             # A moment's grace, so that it can still be told.
             self._runtime.call_later(1.0, lambda node_id=node_id: self._hang_up(node_id))  # type: ignore[misc]
 
     def _hang_up(self, node_id: str) -> None:
-        if node_id not in self._dialled:
+        if node_id in self._leaving:
+            self._leaving.discard(node_id)
+            del self._linked[node_id]
             self._host.hang_up(node_id)
 
     def introduction(self) -> Introduction:
@@ -300,6 +307,7 @@ class Membership:
                 kept.append(change)
         self._changes = kept
         if self._guard.leading:
+            self._told.intersection_update(node.node_id for node in current.removed)
             for node in current.removed:
                 if node.node_id not in self._told:
                     self.tell_if_removed(node.node_id)

@@ -10,6 +10,7 @@ class Progress:
 
     __slots__ = (
         "applied_index",
+        "began_at",
         "commit_sent",
         "contact_at",
         "disk_full",
@@ -18,8 +19,9 @@ class Progress:
         "unacknowledged_bytes",
     )
 
-    def __init__(self, contact_at: float) -> None:
-        self.contact_at = contact_at  # when the latest message that it answered was sent
+    def __init__(self, now: float) -> None:
+        self.began_at = now  # as leader, or with this node: what answers an earlier message is not about it
+        self.contact_at = now  # when the latest message that it answered was sent
         self.reset_at = float("-inf")
         self.disk_full = False
         self.applied_index = 0

@@ -27,6 +27,8 @@ class Replication(Engine):
         progress = self.progress.get(node.id)
         if not self.leading or progress is None:
             return
+        if self.corrections.acks_carry_term and m.sent_at < progress.began_at:
+            return  # 22: said by whoever bore this name before, and was removed
         progress.heard(m.sent_at, self.runtime.now())
         progress.disk_full = m.disk_full
         progress.applied_index = m.applied_index

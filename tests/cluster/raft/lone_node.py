@@ -40,6 +40,7 @@ class LoneNode:
         self.tuning = tuning
         self.applied: list[int] = []
         self.sent: list[tuple[str, Message]] = []
+        self.links: list[tuple[str, str]] = []
         self.started = False
         self.fatal: list[str] = []
         self.start()
@@ -72,9 +73,11 @@ class LoneNode:
         self.sent.append((node_id, message))
         return True
 
-    def dial(self, node: NodeInfo) -> None: ...
+    def dial(self, node: NodeInfo) -> None:
+        self.links.append(("dial", node.node_id))
 
-    def hang_up(self, node_id: str) -> None: ...
+    def hang_up(self, node_id: str) -> None:
+        self.links.append(("hang_up", node_id))
 
     def power_cycle(self) -> None:
         self.runtime.alive = self.syncer.alive = False
