@@ -51,6 +51,7 @@ log = logging.getLogger("trimaran.peer")
 
 WATCHDOG_SECONDS: Final = 0.04
 FIND_SECONDS_MIN: Final = 1.0
+REPORT_SECONDS_MAX: Final = 2.0
 
 
 class Engine:
@@ -118,6 +119,7 @@ class Engine:
         self._watchdog: asyncio.Task[None] | None = None
         self._finding: dict[str, float] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._reports: set[asyncio.Task[None]] = set()
 
     # --- life -----------------------------------------------------------------------------------
 
@@ -165,9 +167,11 @@ class Engine:
 
     async def stop(self) -> None:
         await self.getting.stop()
-        for task in self._tasks:
+        if self._reports:  # a get that has ended well may still owe the others a warning
+            await asyncio.wait(self._reports, timeout=REPORT_SECONDS_MAX)
+        for task in [*self._tasks, *self._reports]:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, *self._reports, return_exceptions=True)
         await self.agent.stop(leaving=True)
         await self.links.stop()
         await self.fetcher.close()
@@ -347,7 +351,9 @@ class Engine:
             tell_swarm(driver, answer.peers, self.peer_id)
 
     def report(self, driver: DownloadDriver, peer_id: str, fault: Fault) -> None:
-        self.later(self._report(driver, peer_id, fault))
+        task = asyncio.ensure_future(self._report(driver, peer_id, fault))
+        self._reports.add(task)
+        task.add_done_callback(self._reports.discard)
 
     async def _report(self, driver: DownloadDriver, peer_id: str, fault: Fault) -> None:
         for name in sorted(driver.swarm.offers.get(driver.group, ())):

@@ -17,7 +17,7 @@ from peer.manifest import Manifest
 class Liar:
     def __init__(self, member: Member, group: str, name: str, manifest: Manifest) -> None:
         self.member, self.group, self.name, self.manifest = member, group, name, manifest
-        self.lies = 0
+        self.deceived: set[str] = set()  # peers that were sent a wrong piece
         self._runner: web.AppRunner | None = None
 
     async def start(self) -> None:
@@ -50,13 +50,15 @@ class Liar:
         return web.Response(body=self.manifest.encode())
 
     async def _piece(self, request: web.Request) -> web.Response:
+        peer_id = certificates.peer_id_of(request.get_extra_info("ssl_object"))
+        assert peer_id is not None
+        self.deceived.add(peer_id)
         return self._wrong(int(request.match_info["index"]))
 
     async def _next(self, request: web.Request) -> web.Response:
         return web.Response(status=204)
 
     def _wrong(self, index: int) -> web.Response:
-        self.lies += 1
         length = self.manifest.layout.piece_length(index)
         return web.Response(body=os.urandom(length), headers={"Trimaran-Piece": str(index)})
 
