@@ -25,7 +25,7 @@ from typing import Any
 from cluster.api.types import StatusAnswer
 from peer.reports import Exit, GetReport, PeerSession, Progress, TrimaranError
 
-from .output import Output, harmless, rated, sized
+from .output import Output, counted, harmless, rated, sized
 from .processes import Started, free_base_port
 from .progress import Display
 from .settings import Common
@@ -252,7 +252,7 @@ class Demo:
         self.teller.tell(
             f"Complete: {sized(report.received_bytes)} in {report.seconds:.1f} s, every piece verified. Sources:\n"
             + "\n".join(
-                f"{each.user or each.peer_id[:12]}  {sized(each.bytes)}  {each.pieces} pieces"
+                f"{each.user or each.peer_id[:12]}  {sized(each.bytes)}  {counted(each.pieces, 'piece')}"
                 f"  {each.bytes / max(1, report.received_bytes):.0%}"
                 for each in sorted(report.sources, key=lambda each: -each.bytes)
             )
@@ -315,7 +315,7 @@ class Demo:
                 "The seeder went on serving a removed member.", exit_code=Exit.UNEXPECTED, code="not-refused"
             )
         self.teller.tell(
-            f"The last byte came {seconds:.1f} s after that, at {seen['bytes'] / SECRET_BYTES:.0%}. cho is told: {reason}"
+            f"The last byte came {seconds:.1f} s after that, at {seen['bytes'] / SECRET_BYTES:.0%}. cho is told:\n{reason}"
         )
         return seconds
 

@@ -38,6 +38,11 @@ def sized(count_bytes: float) -> str:
     raise AssertionError("unreachable")
 
 
+def counted(count: int, thing: str) -> str:
+    """`1 piece`, `20 pieces`"""
+    return f"{count} {thing}{'s' * (count != 1)}"
+
+
 def rated(bytes_per_second: float) -> str:
     return f"{sized(bytes_per_second)}/s"
 

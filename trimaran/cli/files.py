@@ -9,7 +9,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from peer.reports import Exit, GetReport, TrimaranError
-from trimaran.output import Output, harmless, lasting, rated, sized
+from trimaran.output import Output, counted, harmless, lasting, rated, sized
 from trimaran.progress import Display
 from trimaran.settings import DEFAULTS, Common, a_name, group_and_name, peer_settings, rate
 from trimaran.wiring import peer_session, signed_in, until_cancelled
@@ -52,7 +52,9 @@ async def share(
                 algorithm=algorithm or None,
                 on_progress=display.update,
             )
-        told = f"{report.group}/{report.name}: {sized(report.size_bytes)} in {report.pieces} pieces"
+        told = (
+            f"{report.group}/{report.name}: {sized(report.size_bytes)} in {counted(report.pieces, 'piece')}"
+        )
         out.answer(report, f"Sharing {harmless(told)}.")
         if session.remote:
             out.note("The running peer serves it.")
@@ -121,7 +123,7 @@ async def info(shared: SharedName, /, *, common: Common = DEFAULTS) -> None:
     def for_people() -> None:
         out.say(harmless(f"{shown.group}/{shown.name}  ({shown.kind}, shared by {shown.shared_by})"))
         out.say(
-            f"{sized(shown.size_bytes)} in {shown.pieces} pieces of {sized(shown.piece_bytes)}, {shown.algorithm}"
+            f"{sized(shown.size_bytes)} in {counted(shown.pieces, 'piece')} of {sized(shown.piece_bytes)}, {shown.algorithm}"
         )
         out.say(f"manifest {shown.manifest_id}")
         out.table(
@@ -219,7 +221,9 @@ def _tell(out: Output, group: str, name: str, report: GetReport) -> None:
         for source in sorted(report.sources, key=lambda each: -each.bytes):
             who = harmless(source.user) or source.peer_id[:12]
             share_of = source.bytes / max(1, report.received_bytes)
-            out.say(f"  from {who}: {sized(source.bytes)} ({share_of:.0%}), {source.pieces} pieces")
+            out.say(
+                f"  from {who}: {sized(source.bytes)} ({share_of:.0%}), {counted(source.pieces, 'piece')}"
+            )
         if report.sha256:
             out.say(f"  sha256 {report.sha256}")
 

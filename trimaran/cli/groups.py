@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from cluster.api.types import Done, GroupAnswer
-from trimaran.output import Output
+from trimaran.output import Output, counted
 from trimaran.settings import DEFAULTS, Common, a_name, usage
 from trimaran.wiring import SignedIn, signed_in
 
@@ -90,7 +90,7 @@ async def _show(group: str, common: Common, ask: Callable[[SignedIn], Awaitable[
         lambda: out.table(
             ("MEMBER", "ROLE", "SINCE"),
             [(each.user, each.role, each.since) for each in answer.members],
-            empty=f"{group} belongs to {answer.owner}; it has {answer.member_count} member{'s' * (answer.member_count != 1)}. "
+            empty=f"{group} belongs to {answer.owner}; it has {counted(answer.member_count, 'member')}. "
             "Who they are is told to members alone.",
         ),
     )
