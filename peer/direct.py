@@ -8,7 +8,8 @@ copy of it, in memory that has to be found first: on virtual machines that give 
 costs more than receiving and hashing the piece (decision 504). It would also push out what others on the machine use.
 
 A disk that takes small writes slowly (a turning one) is better served by the page cache, which puts them in order:
-one that is slower than `BYTES_PER_SECOND_MIN` over `TRIAL_WRITES` is written to in the ordinary way from then on.
+when not one of `TRIAL_WRITES` in a row reached `BYTES_PER_SECOND_MIN`, the part is written to in the ordinary way from
+then on. (Their mean would say as much about how busy the processors are.)
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Final
 
 ALIGNED_BYTES: Final = 4096
 DIRECT_BYTES_MIN: Final = 32 << 10  # less is not worth a wait for the disk
+HUGE_PAGE_BYTES: Final = 2 << 20
 BYTES_PER_SECOND_MIN: Final = 48e6
 TRIAL_WRITES: Final = 16
 _FLAG: Final = getattr(os, "O_DIRECT", 0)
@@ -31,7 +33,11 @@ _NOT_HERE: Final = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 def aligned_buffer(size: int) -> memoryview:
     """Zeroed memory that begins on a page."""
-    return memoryview(mmap.mmap(-1, max(1, size)))[:size]
+    memory = mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if size >= HUGE_PAGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # the kernel has none
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memoryview(memory)[:size]
 
 
 class DirectWriter:
@@ -40,9 +46,7 @@ class DirectWriter:
     def __init__(self) -> None:
         self.on = bool(_FLAG)
         self._lock = threading.Lock()
-        self._writes = 0
-        self._bytes = 0
-        self._seconds = 0.0
+        self._slow_writes = 0  # in a row
         self._scratch = threading.local()
 
     def opened(self, path_of: int) -> int:
@@ -90,14 +94,11 @@ class DirectWriter:
         return held[: len(data)]
 
     def _judge(self, count: int, seconds: float) -> None:
+        slow = count < BYTES_PER_SECOND_MIN * seconds
         with self._lock:
-            self._writes += 1
-            self._bytes += count
-            self._seconds += seconds
-            if self._writes == TRIAL_WRITES:
-                if self._bytes < BYTES_PER_SECOND_MIN * self._seconds:
-                    self.on = False
-                self._writes, self._bytes, self._seconds = 0, 0, 0.0
+            self._slow_writes = self._slow_writes + 1 if slow else 0
+            if self._slow_writes >= TRIAL_WRITES:
+                self.on = False
 
 
 def write_all(descriptor: int, data: memoryview, offset: int) -> None:

@@ -253,7 +253,7 @@ class Links:
             await _close(socket)
             raise
 
-    async def accept(self, request: web.Request, swarm: Swarm, claims: Claims) -> web.StreamResponse:
+    async def accept(self, request: web.BaseRequest, swarm: Swarm, claims: Claims) -> web.StreamResponse:
         """The server's side: the caller's token was checked."""
         if len(swarm.links) >= LINKS_PER_SWARM_MAX or not self._wins(
             swarm, claims.peer_id, opened_here=False

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import socket
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from typing import Final
@@ -32,6 +33,7 @@ LIMITED_BYTES: Final = 64 << 10
 TURN_BYTES: Final = 4 << 20  # then the loop gets a turn
 BLOCKED_SECONDS_MAX: Final = 10.0
 READER_BYTES_PER_SECOND_MIN: Final = 4096.0
+_MORE_COMES: Final = getattr(socket, "MSG_MORE", 0)
 
 
 class CutError(Exception):
@@ -110,86 +112,110 @@ class PieceSender:
     async def send(
         self,
         sending: Sending,
-        writer: AbstractStreamWriter,
+        head: bytes,
         content: Content,
         spans: Sequence[tuple[int, int, int]],
-        *,
-        tls: bool,
+        memory: memoryview | None,
     ) -> None:
-        """Send spans of a share after the response's head. Raises SourceGoneError, CutError, OSError; then the
-        connection is of no use any more."""
-        if tls:
-            await self._send_written(sending, writer, content, spans)
-        else:
-            await self._send_files(sending, content, spans)
-
-    async def send_memory(
-        self, sending: Sending, writer: AbstractStreamWriter, data: memoryview, *, tls: bool
-    ) -> None:
-        """`send` for bytes that are in memory and stay as they are. Raises CutError, OSError."""
-        socket = sending.transport.get_extra_info("socket")
-        target = -1 if tls else os.dup(socket.fileno())
-        offset = turn = 0
+        """Send a response: its head, then the spans of a share, or `memory` (which stays as it is) in their stead.
+        Raises SourceGoneError, CutError, OSError; then the connection is of no use any more."""
+        target = _duplicate(sending.transport)
         try:
-            while offset < len(data):
-                stretch = min(TLS_WRITE_BYTES if tls else STRETCH_BYTES, len(data) - offset)
-                if self._pacer.bytes_per_second:
-                    stretch = await self._paced(sending, stretch)
-                sending.check()
-                if tls:
-                    # A copy: what TLS cannot send at once it keeps, and this memory will hold another piece by then.
-                    await self._write(sending, writer, bytes(data[offset : offset + stretch]))
-                    offset += stretch
-                    continue
+            while sending.transport.get_write_buffer_size():  # an earlier answer, on its way
+                await sending.writable(target.fileno())
+            if memory is not None:
+                await self._send_memory(sending, target, head, memory)
+            else:
+                await self._send_files(sending, target, head, content, spans)
+        finally:
+            target.close()
+
+    async def _send_memory(
+        self, sending: Sending, target: socket.socket, head: bytes, data: memoryview
+    ) -> None:
+        offset = turn = 0
+        while offset < len(data):
+            stretch = min(STRETCH_BYTES, len(data) - offset)
+            if self._pacer.bytes_per_second:
+                stretch = await self._paced(sending, stretch)
+            sending.check()
+            until = offset + stretch
+            while offset < until:
                 try:
-                    count = os.write(target, data[offset : offset + stretch])
+                    count = target.sendmsg([head, data[offset:until]])
                 except BlockingIOError:
-                    await sending.writable(target)
+                    await sending.writable(target.fileno())
                     continue
+                count, head = count - len(head[:count]), head[count:]
                 offset += count
                 turn += count
                 self._count(sending, count)
-                if turn >= TURN_BYTES:
-                    turn = 0
-                    await asyncio.sleep(0)
-        finally:
-            if target >= 0:
-                os.close(target)
+            if turn >= TURN_BYTES:
+                turn = 0
+                await asyncio.sleep(0)
 
     async def _send_files(
-        self, sending: Sending, content: Content, spans: Sequence[tuple[int, int, int]]
+        self,
+        sending: Sending,
+        target: socket.socket,
+        head: bytes,
+        content: Content,
+        spans: Sequence[tuple[int, int, int]],
     ) -> None:
-        socket = sending.transport.get_extra_info("socket")
-        target = os.dup(socket.fileno())  # asyncio keeps the transport's own descriptor to itself
         turn = 0
-        try:
-            for file_index, offset, length in spans:
-                with self._files.use(content, file_index) as descriptor:
-                    end = offset + length
-                    while offset < end:
-                        stretch = min(STRETCH_BYTES, end - offset)
-                        if self._pacer.bytes_per_second:
-                            stretch = await self._paced(sending, stretch)
-                        content.check(file_index, descriptor)
-                        await self._in_memory(descriptor, offset, stretch)
-                        until = offset + stretch
-                        while offset < until:
-                            sending.check()
-                            try:
-                                count = os.sendfile(target, descriptor, offset, until - offset)
-                            except BlockingIOError:
-                                await sending.writable(target)
-                                continue
-                            if count == 0:
-                                raise SourceGoneError(f"{content.file(file_index)} is shorter than it was")
-                            offset += count
-                            turn += count
-                            self._count(sending, count)
-                            if turn >= TURN_BYTES:
-                                turn = 0
-                                await asyncio.sleep(0)
-        finally:
-            os.close(target)
+        for file_index, offset, length in spans:
+            with self._files.use(content, file_index) as descriptor:
+                end = offset + length
+                while offset < end:
+                    stretch = min(STRETCH_BYTES, end - offset)
+                    if self._pacer.bytes_per_second:
+                        stretch = await self._paced(sending, stretch)
+                    content.check(file_index, descriptor)
+                    await self._in_memory(descriptor, offset, stretch)
+                    while head:  # held back by the kernel until the first bytes of the piece go with it
+                        sending.check()
+                        try:
+                            head = head[target.send(head, _MORE_COMES) :]
+                        except BlockingIOError:
+                            await sending.writable(target.fileno())
+                    until = offset + stretch
+                    while offset < until:
+                        sending.check()
+                        try:
+                            count = os.sendfile(target.fileno(), descriptor, offset, until - offset)
+                        except BlockingIOError:
+                            await sending.writable(target.fileno())
+                            continue
+                        if count == 0:
+                            raise SourceGoneError(f"{content.file(file_index)} is shorter than it was")
+                        offset += count
+                        turn += count
+                        self._count(sending, count)
+                    if turn >= TURN_BYTES:
+                        turn = 0
+                        await asyncio.sleep(0)
+
+    async def send_tls(
+        self,
+        sending: Sending,
+        writer: AbstractStreamWriter,
+        content: Content,
+        spans: Sequence[tuple[int, int, int]],
+        memory: memoryview | None,
+    ) -> None:
+        """`send` over TLS, after a head that the writer has."""
+        if memory is None:
+            await self._send_written(sending, writer, content, spans)
+            return
+        for offset in range(0, len(memory), TLS_WRITE_BYTES):
+            stretch = memory[offset : offset + TLS_WRITE_BYTES]
+            while stretch:
+                allowed = len(stretch)
+                if self._pacer.bytes_per_second:
+                    allowed = await self._paced(sending, allowed)
+                # A copy: what TLS cannot send at once it keeps, and this memory will hold another piece by then.
+                await self._write(sending, writer, bytes(stretch[:allowed]))
+                stretch = stretch[allowed:]
 
     async def _send_written(
         self,
@@ -253,6 +279,12 @@ class PieceSender:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
                 raise
             self._probes = False  # this file system cannot say
+
+
+def _duplicate(transport: asyncio.Transport) -> socket.socket:
+    """A socket of our own on the transport's connection: asyncio keeps the transport's descriptor to itself."""
+    own = transport.get_extra_info("socket")
+    return socket.socket(own.family, own.type, own.proto, fileno=os.dup(own.fileno()))
 
 
 def _read_ahead(descriptor: int, offset: int, length: int) -> None:

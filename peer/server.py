@@ -41,8 +41,12 @@ QUEUE_SECONDS_MAX: Final = 8.0
 HANDSHAKE_SECONDS: Final = 10.0
 SILENT_SECONDS_MAX: Final = 30.0  # a connection's first request must be whole by then
 BODY_SECONDS_MAX: Final = 10.0
-_MANIFEST_ID: Final = r"{manifest_id:[0-9a-f]{64}}"
+KEPT_SECONDS: Final = 90.0  # a connection that asks for nothing more
+_PATH: Final = re.compile(r"/v1/swarms/([0-9a-f]{64})/([a-z]+)(?:/([0-9]{1,8}))?")
 _RANGE: Final = re.compile(r"bytes=(\d{1,12})-(\d{1,12})?")
+
+
+_Route = Callable[[web.BaseRequest, str, int], Awaitable[web.StreamResponse]]
 
 
 class NextBody(Struct, frozen=True, forbid_unknown_fields=True):
@@ -77,7 +81,7 @@ class PieceServer:
         executor: Executor,
         manifest_file: Callable[[str], Path],
         withdraw: Callable[[Swarm, str], None],
-        link: Callable[[web.Request, Swarm, Claims], Awaitable[web.StreamResponse]],
+        link: Callable[[web.BaseRequest, Swarm, Claims], Awaitable[web.StreamResponse]],
         up: Pacer,
     ) -> None:
         self.queue = UploadQueue()
@@ -96,29 +100,27 @@ class PieceServer:
         self._callers: weakref.WeakKeyDictionary[asyncio.BaseTransport, str] = weakref.WeakKeyDictionary()
         self._silent: dict[web.RequestHandler, asyncio.TimerHandle] = {}
         self._tls = False
-        self._runner: web.AppRunner | None = None
+        # What may be asked of a swarm: by method, what it is, and whether a piece's index follows.
+        self.routes: dict[tuple[str, str, bool], _Route] = {
+            ("GET", "manifest", False): self._manifest,
+            ("GET", "pieces", True): self._piece,
+            ("POST", "next", False): self._next,
+            ("GET", "link", False): self._open_link,
+        }
+        self._runner: web.ServerRunner | None = None
         self._listener: asyncio.Server | None = None
 
     # --- life -----------------------------------------------------------------------------------
 
     async def start(self, host: str, port: int, tls: ssl.SSLContext | None) -> tuple[str, int]:
         """Listen; returns the address in use. Raises OSError."""
-        app = web.Application(client_max_size=BODY_BYTES_MAX, middlewares=[self._answer_refusals])
-        swarm = f"/v1/swarms/{_MANIFEST_ID}"
-        app.router.add_get("/v1/hello", self._hello)
-        app.router.add_get(f"{swarm}/manifest", self._manifest)
-        app.router.add_get(swarm + r"/pieces/{index:\d{1,8}}", self._piece)
-        app.router.add_post(f"{swarm}/next", self._next)
-        app.router.add_get(f"{swarm}/link", self._open_link)
-        app.router.add_route("*", "/{anything:.*}", self._unknown)
-        self._runner = web.AppRunner(
-            app, access_log=None, handler_cancellation=True, keepalive_timeout=90.0, shutdown_timeout=0.5
+        # aiohttp's server without its application: the routes are few, and a request is a piece (decision 505).
+        server = web.Server(
+            self._answer, handler_cancellation=True, access_log=None, keepalive_timeout=KEPT_SECONDS
         )
+        self._runner = web.ServerRunner(server, shutdown_timeout=0.5)
         await self._runner.setup()
         self._tls = tls is not None
-        server = self._runner.server
-        assert server is not None
-
         loop = asyncio.get_running_loop()
 
         def connection() -> asyncio.Protocol:
@@ -174,7 +176,7 @@ class PieceServer:
 
     # --- who asks -------------------------------------------------------------------------------
 
-    def _caller(self, request: web.Request) -> str | None:
+    def _caller(self, request: web.BaseRequest) -> str | None:
         """The peer that TLS proved; None without TLS."""
         if not self._tls:
             return None
@@ -189,14 +191,13 @@ class PieceServer:
             self._callers[transport] = known
         return known
 
-    def _admit(self, request: web.Request) -> tuple[Claims, Swarm]:
+    def _admit(self, request: web.BaseRequest, manifest_id: str) -> tuple[Claims, Swarm]:
         header = request.headers.get("Authorization", "")
         token = header[7:] if header.startswith("Bearer ") else None
         try:
             claims = self._access.check(token, self._caller(request))
         except AccessRefusedError as refused:
             raise _Refusal(refused.status, refused.code, refused.message) from refused
-        manifest_id = request.match_info.get("manifest_id", "")
         swarm = self._swarms.get(manifest_id)
         if swarm is None or not swarm.offered_to(claims.group):
             raise _Refusal(404, "not-held", "This peer does not hold that for this group.")
@@ -212,10 +213,19 @@ class PieceServer:
 
     # --- routes ---------------------------------------------------------------------------------
 
-    async def _hello(self, request: web.Request) -> web.Response:
-        return _json(200, {"peer_id": self._peer_id})
+    async def _route(self, request: web.BaseRequest) -> web.StreamResponse:
+        found = _PATH.fullmatch(request.raw_path)
+        if found is None:
+            if (request.method, request.raw_path) == ("GET", "/v1/hello"):
+                return _json(200, {"peer_id": self._peer_id})
+            return await self._unknown(request)
+        manifest_id, what, index = found.groups()
+        route = self.routes.get((request.method, what, index is not None))
+        if route is None:
+            return await self._unknown(request)
+        return await route(request, manifest_id, int(index or 0))
 
-    async def _unknown(self, request: web.Request) -> web.Response:
+    async def _unknown(self, request: web.BaseRequest) -> web.Response:
         try:
             self._access.check(
                 request.headers.get("Authorization", "").removeprefix("Bearer ") or None,
@@ -225,8 +235,8 @@ class PieceServer:
             raise _Refusal(refused.status, refused.code, refused.message) from refused
         raise _Refusal(404, "no-such-path", "There is nothing here.")
 
-    async def _manifest(self, request: web.Request) -> web.StreamResponse:
-        _, swarm = self._admit(request)
+    async def _manifest(self, request: web.BaseRequest, manifest_id: str, index: int) -> web.StreamResponse:
+        _, swarm = self._admit(request, manifest_id)
         file = self._manifest_file(swarm.manifest_id)
         if not file.is_file():
             raise _Refusal(404, "not-held", "This peer does not hold that for this group.")
@@ -241,23 +251,22 @@ class PieceServer:
         await response.write_eof()
         return response
 
-    async def _piece(self, request: web.Request) -> web.StreamResponse:
-        claims, swarm = self._admit(request)
-        index = int(request.match_info["index"])
+    async def _piece(self, request: web.BaseRequest, manifest_id: str, index: int) -> web.StreamResponse:
+        claims, swarm = self._admit(request, manifest_id)
         if index >= swarm.manifest.pieces or not swarm.has(index):
             raise _Refusal(404, "piece-not-held", "This peer does not have that piece.")
         start, length, status = _range(request, swarm.manifest.layout.piece_length(index))
         ticket = await self._slot(claims)
         try:
-            claims, swarm = self._admit(request)  # it may have waited
+            claims, swarm = self._admit(request, manifest_id)  # it may have waited
             if not swarm.has(index):
                 raise _Refusal(404, "piece-not-held", "This peer does not have that piece.")
             return await self._send(request, claims, swarm, index, start, length, status)
         finally:
             self._free(ticket)
 
-    async def _next(self, request: web.Request) -> web.StreamResponse:
-        claims, swarm = self._admit(request)
+    async def _next(self, request: web.BaseRequest, manifest_id: str, _: int) -> web.StreamResponse:
+        claims, swarm = self._admit(request, manifest_id)
         try:
             async with asyncio.timeout(BODY_SECONDS_MAX):
                 data = await request.read()
@@ -267,7 +276,7 @@ class PieceServer:
             raise _Refusal(400, "bad-body", f"The body is not what it must be: {error}.") from error
         ticket = await self._slot(claims)
         try:
-            claims, swarm = self._admit(request)  # it may have waited
+            claims, swarm = self._admit(request, manifest_id)  # it may have waited
             now = asyncio.get_running_loop().time()
             index = swarm.choice.choose(claims.peer_id, want, now)
             if index is None:
@@ -277,8 +286,8 @@ class PieceServer:
         finally:
             self._free(ticket)
 
-    async def _open_link(self, request: web.Request) -> web.StreamResponse:
-        claims, swarm = self._admit(request)
+    async def _open_link(self, request: web.BaseRequest, manifest_id: str, _: int) -> web.StreamResponse:
+        claims, swarm = self._admit(request, manifest_id)
         return await self._link(request, swarm, claims)
 
     # --- sending --------------------------------------------------------------------------------
@@ -321,7 +330,7 @@ class PieceServer:
 
     async def _send(
         self,
-        request: web.Request,
+        request: web.BaseRequest,
         claims: Claims,
         swarm: Swarm,
         index: int,
@@ -336,11 +345,6 @@ class PieceServer:
         layout = swarm.manifest.layout
         spans = layout.spans_of(index * layout.piece_bytes + start, length)
         sending = Sending(transport, claims, swarm.manifest_id)
-        response = web.StreamResponse(
-            status=status,
-            headers={"Trimaran-Piece": str(index), "Content-Type": "application/octet-stream"},
-        )
-        response.content_length = length
         rate = self._up.bytes_per_second or self.queue.declared(loop.time()).bytes_per_second or 1e6
         swarm.choice.started(claims.peer_id, index, loop.time(), length / rate)
         self._sendings.add(sending)
@@ -351,20 +355,21 @@ class PieceServer:
             with self._recent.use(swarm.manifest_id, index, loop.time()) as piece:
                 if piece is None:
                     self._check_first(swarm, spans)
-                if not self._tls:
-                    transport.set_write_buffer_limits(high=0)  # so that `drain` means: all headers have left
-                writer = await response.prepare(request)
-                assert writer is not None
-                if not self._tls:
-                    writer.send_headers()
-                    await writer.drain()
-                if piece is None:
-                    await self._sender.send(sending, writer, swarm.content, spans, tls=self._tls)
-                else:
-                    await self._sender.send_memory(
-                        sending, writer, piece[start : start + length], tls=self._tls
+                memory = None if piece is None else piece[start : start + length]
+                if self._tls:
+                    response = web.StreamResponse(
+                        status=status,
+                        headers={"Trimaran-Piece": str(index), "Content-Type": "application/octet-stream"},
                     )
-            await response.write_eof()
+                    response.content_length = length
+                    writer = await response.prepare(request)
+                    assert writer is not None
+                    await self._sender.send_tls(sending, writer, swarm.content, spans, memory)
+                    await response.write_eof()
+                else:
+                    response = _Sent(status, keep_alive=request.keep_alive)
+                    head = _head(status, index, length, keep_alive=request.keep_alive)
+                    await self._sender.send(sending, head, swarm.content, spans, memory)
             whole = True
             return response
         except SourceGoneError as gone:
@@ -388,14 +393,11 @@ class PieceServer:
                 410, "withdrawn-source", "This share was withdrawn: its source changed or is gone."
             ) from gone
 
-    @web.middleware
-    async def _answer_refusals(
-        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-    ) -> web.StreamResponse:
+    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
         if (timer := self._silent.pop(request.protocol, None)) is not None:
             timer.cancel()
         try:
-            return await handler(request)
+            return await self._route(request)
         except _Refusal as refusal:
             body: dict[str, object] = {"code": refusal.code, "detail": refusal.message}
             response = _json(refusal.status, body)
@@ -416,11 +418,38 @@ class _Full(asyncio.Protocol):
         transport.close()
 
 
+class _Sent(web.StreamResponse):
+    """A response whose bytes have left already: aiohttp need not write it."""
+
+    def __init__(self, status: int, *, keep_alive: bool) -> None:
+        super().__init__(status=status)
+        self._kept = keep_alive
+
+    @property
+    def keep_alive(self) -> bool:
+        return self._kept
+
+    async def prepare(self, request: web.BaseRequest) -> None:
+        return
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        return
+
+
+def _head(status: int, index: int, length: int, *, keep_alive: bool) -> bytes:
+    reason = "OK" if status == 200 else "Partial Content"
+    close = "" if keep_alive else "Connection: close\r\n"
+    return (
+        f"HTTP/1.1 {status} {reason}\r\nTrimaran-Piece: {index}\r\nContent-Type: application/octet-stream\r\n"
+        f"Content-Length: {length}\r\n{close}\r\n"
+    ).encode()
+
+
 def _json(status: int, body: object) -> web.Response:
     return web.Response(status=status, body=orjson.dumps(body), content_type="application/json")
 
 
-def _range(request: web.Request, length: int) -> tuple[int, int, int]:
+def _range(request: web.BaseRequest, length: int) -> tuple[int, int, int]:
     """(start, bytes, status) of what is asked of a piece (RFC 9110, 14: one range, within it)."""
     header = request.headers.get("Range")
     if header is None:

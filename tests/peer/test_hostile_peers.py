@@ -6,7 +6,6 @@ import asyncio
 import os
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
@@ -31,25 +30,26 @@ def silently_other_bytes(path: Path) -> None:
 
 
 async def breaks_off(
-    sending: Sending, writer: Any, content: Content, spans: Sequence[tuple[int, int, int]], *, tls: bool
+    sending: Sending, head: bytes, content: Content, spans: Sequence[tuple[int, int, int]], memory: object
 ) -> None:
-    sending.transport.write(b"x" * 1000)
+    sending.transport.write(head + b"x" * 1000)
     await asyncio.sleep(0)
     sending.transport.close()
     raise ConnectionResetError
 
 
 async def sends_nothing(
-    sending: Sending, writer: Any, content: Content, spans: Sequence[tuple[int, int, int]], *, tls: bool
+    sending: Sending, head: bytes, content: Content, spans: Sequence[tuple[int, int, int]], memory: object
 ) -> None:
+    sending.transport.write(head)
     await asyncio.Event().wait()
 
 
 async def sends_too_much(
-    sending: Sending, writer: Any, content: Content, spans: Sequence[tuple[int, int, int]], *, tls: bool
+    sending: Sending, head: bytes, content: Content, spans: Sequence[tuple[int, int, int]], memory: object
 ) -> None:
     count = sum(length for _, _, length in spans)
-    sending.transport.write(b"x" * (count + 100_000))
+    sending.transport.write(head + b"x" * (count + 100_000))
     await asyncio.sleep(0.05)
 
 

@@ -77,10 +77,11 @@ async def test_every_route_refuses_everyone_who_has_no_right(peers: Peers, tmp_p
         "another scheme": f"Basic {good}",
     }
     asked = routes(shared.manifest_id)
-    runner = engine.server._runner
-    assert runner is not None
-    served = {resource.canonical for resource in runner.app.router.resources()}
-    assert served == set(asked) | {"/v1/hello"}, "a route that this test does not know"
+    served = {
+        "/v1/swarms/{manifest_id}/" + what + ("/{index}" if indexed else "")
+        for _, what, indexed in engine.server.routes
+    }
+    assert served | {"/{anything}"} == set(asked), "a route that this test does not know"
     async with aiohttp.ClientSession() as http:
         for method, path, data in asked.values():
             for what, header in bad.items():
