@@ -37,14 +37,15 @@ async def paused(swarm: Swarm, chance: random.Random, peer: Peer, running: Runni
     process = peer.process
     if not peer.alive or process is None:
         return
-    process.send_signal(signal.SIGSTOP)
-    try:
-        await asyncio.sleep(chance.uniform(0.5, 4))
-        state = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
-        running.bit = state == "T"
-    finally:
-        with suppress(ProcessLookupError):
-            process.send_signal(signal.SIGCONT)
+    with swarm.out_of_touch(peer):
+        process.send_signal(signal.SIGSTOP)
+        try:
+            await asyncio.sleep(chance.uniform(0.5, 4))
+            state = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+            running.bit = state == "T"
+        finally:
+            with suppress(ProcessLookupError):
+                process.send_signal(signal.SIGCONT)
 
 
 def bad_line(seconds: float, **what: float) -> Act:
@@ -53,22 +54,24 @@ def bad_line(seconds: float, **what: float) -> Act:
     async def act(swarm: Swarm, chance: random.Random, peer: Peer, running: Running) -> None:
         ways = [peer.link.forward, peer.link.backward]
         before = sum(way.bitten for way in ways)
-        try:
-            for way in ways:
-                way.set(**what)
-            await asyncio.sleep(seconds * chance.uniform(0.5, 1))
-            running.bit = sum(way.bitten for way in ways) > before
-        finally:
-            peer.link.heal()
+        with swarm.out_of_touch(peer):
+            try:
+                for way in ways:
+                    way.set(**what)
+                await asyncio.sleep(seconds * chance.uniform(0.5, 1))
+                running.bit = sum(way.bitten for way in ways) > before
+            finally:
+                peer.link.heal()
 
     return act
 
 
 async def resets(swarm: Swarm, chance: random.Random, peer: Peer, running: Running) -> None:
     count = 0
-    for _ in range(4):
-        count += peer.link.reset()
-        await asyncio.sleep(chance.uniform(0.1, 0.6))
+    with swarm.out_of_touch(peer):
+        for _ in range(4):
+            count += peer.link.reset()
+            await asyncio.sleep(chance.uniform(0.1, 0.6))
     running.bit, running.detail = count > 0, f"{count} connections"
 
 
@@ -108,7 +111,10 @@ def _fill(path: Path) -> None:
 async def source_damaged(swarm: Swarm, chance: random.Random, peer: Peer, running: Running) -> None:
     """The only seeder's file rots on its disk, its name and times unchanged: nothing wrong is accepted, and a
     second seeder with the true bytes lets it finish."""
-    seeder, honest = chance.sample([p for p in swarm.peers.values() if p is not peer and not p.lies], 2)
+    # Always the same witness of the same seeder: three would put it in quarantine, as they should.
+    peers = list(swarm.peers.values())
+    before = peers[peers.index(peer) - 1 :] + peers[: peers.index(peer) - 1]
+    seeder, honest, *_ = [p for p in before if p is not peer and not p.lies]
     name = f"rotten-{swarm.recorder.now_ns()}.bin"
     await swarm.share_new(name, SMALL_FILE_BYTES, [seeder.name])
     path = swarm.files[name].path
@@ -147,7 +153,7 @@ async def flash_crowd(swarm: Swarm, chance: random.Random, peer: Peer, running: 
     await swarm.share_new(name, SMALL_FILE_BYTES, [seeder.name])
     crowd = []
     for number in range(CROWD):
-        one = Peer(f"crowd-{number}", swarm.folder, 0, swarm.seed)
+        one = Peer(f"{name.removesuffix('.bin')}-{number}", swarm.folder, 0, swarm.seed)
         for folder in (one.home, one.target):
             folder.mkdir(parents=True, exist_ok=True)
         one.running.set()

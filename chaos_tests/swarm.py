@@ -16,6 +16,7 @@ import random
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,8 +31,8 @@ from peer.reports import GetReport, Progress, TrimaranError
 CLI = [sys.executable, "-m", "trimaran"]
 ROOT = Path(__file__).parents[1]
 
-
 SETTLE_SECONDS = 5.0  # what was just shared is told to the trackers by then
+ANNOUNCED_AGAIN_SECONDS = 12.0
 SMALL_DISK_BYTES = 256 << 20
 PROGRESS_EVERY_NS = 1_000_000_000
 
@@ -227,6 +228,17 @@ class Swarm:
             self.recorder.add(peer.life)
             peer.life = None
 
+    @contextlib.contextmanager
+    def out_of_touch(self, peer: Peer) -> Iterator[None]:
+        """Others cannot reach it, and may say so: it is hidden then until it announces again."""
+        self.silent(peer)
+        try:
+            yield
+        finally:
+            if peer.alive:
+                from_ns = self.recorder.now_ns() + int(ANNOUNCED_AGAIN_SECONDS * 1e9)
+                peer.life = Life(peer_id=peer.peer_id, from_ns=from_ns, to_ns=FOREVER_NS)
+
     # --- downloading ------------------------------------------------------------------------------
 
     async def download(self, peer: Peer, name: str, seconds: float) -> Transfer:
@@ -255,26 +267,30 @@ class Swarm:
     async def rounds(self, size_bytes: int, until_ns: int) -> None:
         """Download the files there are; then share a new one and download that, and so on until the time
         is up, so that there are downloads under way all the time. Ends when what was begun has ended."""
-        number = len(self.files)
+        own = list(self.files)  # a fault of a peer shares and forgets files of its own meanwhile
+        number = len(own)
         names = list(self.peers)
         while True:
             await asyncio.gather(
                 *(
                     self.download(peer, name, 600)
-                    for name, shared in self.files.items()
+                    for name in own
                     for peer in self.peers.values()
-                    if peer.name not in shared.seeders
+                    if peer.name not in self.files[name].seeders
                 )
             )
             if self.recorder.now_ns() > until_ns:
                 return
-            for name in list(self.files):
+            for name in own:
                 await self.forget(name)
+            own = []
             honest = [name for name in names if not self.peers[name].lies]
             seeders = [honest[number % len(honest)], *(n for n in names if self.peers[n].lies)][:2]
-            while not self.files and self.recorder.now_ns() < until_ns:
+            while not own and self.recorder.now_ns() < until_ns:
+                name = f"source-{number}.bin"
                 with contextlib.suppress(CliError):  # sharing anew needs the trackers
-                    await self.share_new(f"source-{number}.bin", size_bytes, seeders)
+                    await self.share_new(name, size_bytes, seeders)
+                    own = [name]
             number += 1
 
     async def _get(self, peer: Peer, name: str, transfer: Transfer, seconds: float) -> None:
