@@ -75,7 +75,7 @@ assert _BY_REFUSAL.keys() == set(consensus.Refusal), "every refused proposal has
 
 _REFUSAL_DETAIL: dict[consensus.Refusal, str] = {
     consensus.Refusal.NO_LEADER: "The cluster has no leader at the moment; nothing was done.",
-    consensus.Refusal.DISK_FULL: "The leader's disk is full; nothing was done.",
+    consensus.Refusal.DISK_FULL: "The disk of the leader, or of a majority of the nodes, is full; nothing was done.",
     consensus.Refusal.OVERLOADED: "Too many changes are waiting; nothing was done.",
     consensus.Refusal.STOPPING: "This node is stopping; nothing was done.",
     consensus.Refusal.TOO_LARGE: "The change is larger than an entry of the log may be; nothing was done.",

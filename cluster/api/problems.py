@@ -178,7 +178,7 @@ DISK_FULL = Kind(
     "disk-full",
     503,
     "Disk full",
-    "The leader's disk is full, so it refuses writes. What was acknowledged is kept; nothing was done.",
+    "The disk of the leader, or of a majority of the nodes, is full, so writes are refused. What was acknowledged is kept; nothing was done.",
     "Make room on the tracker's disk; writes go on by themselves.",
     retry=True,
 )

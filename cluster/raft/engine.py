@@ -6,6 +6,7 @@ what waits for the disk (`when_durable`). Left to others: replication (`replicat
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Protocol, cast
 from zlib import crc32
@@ -103,7 +104,7 @@ class _Outbox(Transport):
     def destroy(self) -> None: ...
 
 
-class Engine(SyncObj):
+class Engine(SyncObj, ABC):
     """One node's engine. It holds no replicated method at all (18): an entry is bytes, decoded by `entries.py`."""
 
     # What of the engine is reached into. Verified by the version check above and by the simulation.
@@ -346,9 +347,17 @@ class Engine(SyncObj):
     def disk_has_room(self) -> None:
         self.disk_full = False
 
+    def majority_full(self) -> bool:
+        """19, on the leader: so many others have no room that nothing more can be agreed on for now."""
+        if not self.corrections.disk_full_survived:
+            return False
+        others = self._SyncObj__otherNodes
+        full = sum(self.progress[node.id].disk_full for node in others)
+        return full > 0 and full > (len(others) + self._is_voter - 1) // 2
+
+    @abstractmethod
     def engine_sends(self, node: Node, message: dict[str, Any]) -> bool:
         """What the engine sends by itself."""
-        raise NotImplementedError
 
 
 def node_order(node: Node) -> str:

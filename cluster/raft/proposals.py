@@ -38,6 +38,9 @@ STOPPING = Rejected(Refusal.STOPPING, "This node is stopping. Nothing happened; 
 DISK_FULL = Rejected(
     Refusal.DISK_FULL, "No room left on the disk. Nothing happened; make room, or ask another node."
 )
+MAJORITY_FULL = Rejected(
+    Refusal.DISK_FULL, "No room left on the disks of a majority. Nothing happened; make room there."
+)
 NOT_A_MEMBER = Rejected(
     Refusal.NOT_A_MEMBER, "This node was removed from the cluster. Nothing happened; ask another."
 )
@@ -147,12 +150,15 @@ class Proposals:
         if guard.leading:
             self._append()
         else:
-            self._refuse_others()
+            self._refuse_others(NO_LEADER)
             self._forward()
 
     def _append(self) -> None:
         guard = self._guard
         journal = guard.journal
+        if guard.majority_full():
+            self._refuse_for_room()
+            return
         while (self._queue or self._from_others) and not self._host.paused:
             if guard.disk_full:
                 return
@@ -182,6 +188,11 @@ class Proposals:
                 return
             self._gate = journal.written
             journal.when_synced(self._gate, self._synced)
+
+    def _refuse_for_room(self) -> None:
+        """Nothing of it was begun: better a clear no at once than "unknown" after a deadline."""
+        self.refuse_queued(MAJORITY_FULL)
+        self._refuse_others(MAJORITY_FULL)
 
     def _synced(self) -> None:
         if self._queue or self._from_others:
@@ -273,12 +284,12 @@ class Proposals:
             self._from_others_bytes += sum(map(len, m.commands))
             self.pump_soon()
 
-    def _refuse_others(self) -> None:
-        """Not leader any more, and they were never appended: that is certain."""
+    def _refuse_others(self, refusal: Rejected) -> None:
+        """What was never appended: that is certain."""
         while self._from_others:
             node_id, _, (origin, sequence, _) = self._from_others.popleft()
             if sequence > self._taken.get(origin, 0):
-                self._refuse(node_id, origin, sequence, NO_LEADER)
+                self._refuse(node_id, origin, sequence, refusal)
         self._from_others_bytes = 0
 
     def _refuse(self, node_id: str, origin: int, sequence: int, refusal: Rejected) -> None:

@@ -234,6 +234,35 @@ def test_19_a_full_disk_refuses_keeps_and_recovers() -> None:
     assert node.fatal == []
 
 
+def test_19_a_leader_whose_followers_have_no_room_says_so_at_once() -> None:
+    node = LoneNode()
+    term = node.lead()
+    node.acknowledge("n2", node.core.guard.last_index)
+    begun = node.propose(PUT)
+    node.pass_seconds(0.05)
+    for full in (True, False):
+        for name in ("n2", "n3"):
+            node.hear(name, Ack(term, 0, False, False, node.runtime.now(), disk_full=full))
+        last = node.core.guard.last_index
+        ends = node.propose(encode_command(("put", f"full {full}", "k", "v")))
+        node.pass_seconds(0.1)
+        assert (node.core.guard.last_index == last) == full, "what can be nowhere but here is not begun"
+        if full:
+            assert isinstance(ends[0], Rejected)
+            assert ends[0].refusal is Refusal.DISK_FULL
+            assert begun == [], "what was begun may still be agreed on"
+    node.acknowledge("n2", node.core.guard.last_index)
+    node.pass_seconds()
+    assert isinstance(begun[0], Applied)
+    assert isinstance(ends[0], Applied)
+    node.hear("n2", Ack(term, 0, False, False, node.runtime.now(), disk_full=True))
+    one_full = node.propose(encode_command(("put", "one full", "k", "v")))
+    node.pass_seconds(0.05)
+    node.acknowledge("n3", node.core.guard.last_index)
+    node.pass_seconds()
+    assert isinstance(one_full[0], Applied)
+
+
 def test_19_a_leader_without_room_lets_another_stand_at_once() -> None:
     node = LoneNode()
     term = node.lead()
