@@ -40,10 +40,6 @@ if TYPE_CHECKING:
 
     from aiohttp import web
 
-    from cluster.raft.core import LinkEvents
-    from cluster.raft.disk import Disk
-    from cluster.raft.runtime import Runtime
-    from cluster.raft.transport import Transport
 
 _log = structlog.get_logger("cluster.app")
 
@@ -118,7 +114,7 @@ async def assemble(config: NodeConfig, fatal: Callable[[str], None]) -> AsyncIte
     from aiohttp import web
 
     from cluster.http import make_runner
-    from cluster.raft.node import RaftNode
+    from cluster.raft.node import open_node
     from cluster.service import Service
     from state_machine.machine import StateMachine
 
@@ -129,8 +125,13 @@ async def assemble(config: NodeConfig, fatal: Callable[[str], None]) -> AsyncIte
     settings = raft_settings(
         config, facts.cluster_id, identity.info, tuple(facts.members), may_create=not begun.exists()
     )
-    consensus: Consensus = RaftNode(
-        settings, machine, lambda: _Environment(config, facts.cluster_id, identity)
+    consensus: Consensus = open_node(
+        settings,
+        machine,
+        data_dir=config.folder.raft,
+        listen=(config.raft_listen.host, config.raft_listen.port),
+        server_tls=identity.raft_server,
+        client_tls=identity.raft_client,
     )
     consensus.on_fatal(fatal)
     authority = None
@@ -241,50 +242,6 @@ class _Identity:
             )
         except CertificateProblem as error:
             raise NodeError(str(error)) from error
-
-
-class _Environment:
-    """What Raft runs on: this process's disk, event loop and sockets."""
-
-    def __init__(self, config: NodeConfig, cluster_id: str, identity: _Identity) -> None:
-        from cluster.raft.disk import FolderDisk, ThreadSyncer
-        from cluster.raft.runtime import AsyncioRuntime
-
-        self._config = config
-        self._cluster_id = cluster_id
-        self._identity = identity
-        self._folder = FolderDisk(config.folder.raft)
-        self.disk: Disk = self._folder
-        loop = asyncio.get_running_loop()
-        self._syncer = ThreadSyncer(loop.call_soon_threadsafe)
-        self.runtime: Runtime = AsyncioRuntime(self._syncer, loop)
-        self._links: Transport | None = None
-
-    def make_links(self, events: LinkEvents) -> Transport:
-        from cluster.raft.transport import Transport
-
-        self._links = Transport(
-            events,
-            node_id=self._config.node_id,
-            cluster_id=self._cluster_id,
-            listen_host=self._config.raft_listen.host,
-            listen_port=self._config.raft_listen.port,
-            server_tls=self._identity.raft_server,
-            client_tls=self._identity.raft_client,
-        )
-        return self._links
-
-    async def open_links(self) -> None:
-        assert self._links is not None
-        await self._links.open()
-
-    async def close_links(self) -> None:
-        if self._links is not None:
-            await self._links.close()
-
-    def close(self) -> None:
-        self._syncer.close()
-        self._folder.close()
 
 
 def _listen(address: HostPort) -> socket.socket:

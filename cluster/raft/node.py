@@ -219,7 +219,7 @@ class RaftNode:
         return message
 
 
-class _RealEnvironment:
+class _ThisProcess:
     """A folder, the running event loop, sockets."""
 
     def __init__(
@@ -285,5 +285,5 @@ def open_node(
         listen = (host.strip("[]"), int(port))
     where = listen
     return RaftNode(
-        settings, replica, lambda: _RealEnvironment(settings, data_dir, where, server_tls, client_tls)
+        settings, replica, lambda: _ThisProcess(settings, data_dir, where, server_tls, client_tls)
     )
