@@ -204,6 +204,10 @@ class TrackerClient:
         body = t.PasswordBody(password=password, new_password=new_password)
         return await self._ask("change_password", t.Done, body=body, key=key)
 
+    async def reset_password(self, user: str, new_password: str, *, key: str | None = None) -> t.Done:
+        body = t.ResetBody(new_password=new_password)
+        return await self._ask("reset_password", t.Done, {"user": user}, body=body, key=key)
+
     # --- groups ---------------------------------------------------------------------------------
 
     async def list_groups(self) -> t.GroupsAnswer:

@@ -73,6 +73,16 @@ ROUTES: tuple[Route, ...] = (
         summary="Invite a user",
     ),
     Route(
+        "reset_password",
+        "PUT",
+        "/v1/cluster/users/{user}/password",
+        _P,
+        t.ResetBody,
+        t.Done,
+        writes=True,
+        summary="Give a user a new password",
+    ),
+    Route(
         "register", "POST", "/v1/users", _O, t.RegisterBody, t.RegisterAnswer, writes=True, summary="Register"
     ),
     Route("login", "POST", "/v1/sessions", _O, t.SessionBody, t.SessionAnswer, summary="Sign in"),

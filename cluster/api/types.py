@@ -149,6 +149,10 @@ class WhoAnswer(Answer, frozen=True, kw_only=True):
     user: str
 
 
+class ResetBody(Body, frozen=True, kw_only=True):
+    new_password: Password
+
+
 class PasswordBody(Body, frozen=True, kw_only=True):
     password: Annotated[str, Meta(min_length=1, max_length=1024)]
     new_password: Password

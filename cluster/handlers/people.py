@@ -109,6 +109,17 @@ async def change_password(service: Service, call: Call) -> t.Done:
     return t.Done(revision=outcome.revision)
 
 
+async def reset_password(service: Service, call: Call) -> t.Done:
+    """By an operator, who need not know the present one. All of the user's sessions end."""
+    body: t.ResetBody = call.body
+    user = call.params["user"]
+    password_hash = await service.passwords.hash(body.new_password, user=user, request_id=call.request_id)
+    command = ChangePassword(user, password_hash, service.wall_ms())
+    request_hash = call.request_hash({"new_password": password_hash})
+    outcome = await service.write(call, command, request_hash=request_hash)
+    return t.Done(revision=outcome.revision)
+
+
 async def set_policy(service: Service, call: Call) -> t.Done:
     body: t.PolicyBody = call.body
     outcome = await service.write_own(SetPolicy(body.registration))
@@ -127,4 +138,4 @@ async def create_invitation(service: Service, call: Call) -> t.InvitationAnswer:
     return t.InvitationAnswer(invitation=code, revision=outcome.revision)
 
 
-HANDLERS = (register, login, logout, whoami, change_password, set_policy, create_invitation)
+HANDLERS = (register, login, logout, whoami, change_password, reset_password, set_policy, create_invitation)

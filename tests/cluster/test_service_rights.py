@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from trackers import PASSWORD, Trackers, file_body, manifest_id, peer_id, running
 
+from cluster.api.idempotency import new_key
 from cluster.api.tokens import Claims, Revocations, TokenError, TokenFault, VerifyingKey, verify_token
 from cluster.consensus import MembershipError, MembershipUnknownError
 from state_machine import queries
@@ -315,3 +316,22 @@ async def test_a_token_expires_and_one_from_an_unknown_key_is_refused(trackers: 
     with pytest.raises(TokenError) as caught:
         verify_token(answer["token"], {}, now_ms(trackers))
     assert caught.value.fault is TokenFault.KEY_UNKNOWN
+
+
+async def test_an_operator_gives_a_user_a_new_password(trackers: Trackers) -> None:
+    path, body = "/v1/cluster/users/carl/password", {"new_password": "a password that is new"}
+    key = new_key()
+    for node in (0, 1):  # the second time it is answered from memory
+        reply = await trackers.call("PUT", path, body=body, key=key, node=node)
+        assert (reply.status, reply.json["revision"]) == (200, trackers[0].machine.revision)
+    assert (await trackers.call("GET", "/v1/groups/boats/members", session=trackers.carl)).status == 401
+    with pytest.raises(AssertionError, match="401"):
+        await trackers.login("carl")
+    assert await trackers.login("carl", "a password that is new", node=1)
+    other = await trackers.call("PUT", path, body={"new_password": "and another one"}, key=key)
+    assert (other.status, other.code) == (422, "request-mismatch")
+    missing = await trackers.call("PUT", "/v1/cluster/users/nobody/password", body=body)
+    assert (missing.status, missing.json["outcome"]) == (404, "definite")
+    assert (await trackers.call("PUT", path, body=body, key="")).json["field"] == "Idempotency-Key"
+    short = await trackers.call("PUT", path, body={"new_password": "short"})
+    assert (short.status, short.json["field"]) == (400, "new_password")

@@ -9,6 +9,7 @@ from cyclopts import App, Parameter
 from msgspec.structs import replace
 
 from cluster.api.types import AddNodeBody, NodeView, StatusAnswer
+from trimaran.cli.people import PasswordStdin, new_password
 from trimaran.operating import with_cluster
 from trimaran.output import Output
 from trimaran.settings import DEFAULTS, Common, usage
@@ -46,7 +47,14 @@ async def _survey(client: TrackerClient, *, seconds: float) -> StatusAnswer:
     words = await asyncio.gather(*(own_word(each) for each in answer.nodes))
     # Whoever is furthest in time says who leads: a node that was cut off remembers an old leader.
     latest = max([answer, *(said for _, said in words if said)], key=lambda each: (each.quorum, each.term))
-    return replace(latest, nodes=[view for view, _ in words])
+    # The leader knows how far a node was that says nothing any more; the others do not.
+    leaders = {
+        each.id: each for said in words if said[1] and said[1].node == latest.leader for each in said[1].nodes
+    }
+    nodes = [
+        view if view.reachable else replace(leaders.get(view.id, view), reachable=False) for view, _ in words
+    ]
+    return replace(latest, nodes=nodes)
 
 
 def _document(status: StatusAnswer) -> dict[str, object]:
@@ -74,14 +82,9 @@ def _print(out: Output, status: StatusAnswer) -> None:
     out.table(
         ("NODE", "ADDRESS", "ROLE", "REACHABLE", "APPLIED", "COMMITTED"),
         [
-            (
-                each.id,
-                each.address,
-                each.role,
-                "yes" if each.reachable else "NO",
-                each.applied,
-                each.committed,
-            )
+            (each.id, each.address, each.role, "yes", each.applied, each.committed)
+            if each.reachable
+            else (each.id, each.address, "does not answer", "NO", "-", "-")
             for each in status.nodes
         ],
         empty="No node is known.",
@@ -203,4 +206,26 @@ async def invitation(
         answer = await client.create_invitation(valid_seconds=valid_seconds)
     Output.of(common).answer(
         {"invitation": answer.invitation, "revision": answer.revision}, answer.invitation
+    )
+
+
+@app.command
+async def reset_password(
+    user: Annotated[str, Parameter(help="Whose password was lost.")],
+    /,
+    *,
+    password_stdin: PasswordStdin = False,
+    operator: Operator = "",
+    common: Common = DEFAULTS,
+) -> None:
+    """Give a user a new password. All sessions of the account end.
+
+    It is asked for, or taken from TRIMARAN_NEW_PASSWORD, or from the first line of stdin with --password-stdin.
+    """
+    new = new_password(password_stdin)
+    async with as_operator(common, operator) as client:
+        done = await client.reset_password(user, new)
+    Output.of(common).answer(
+        {"revision": done.revision},
+        f"{user} has a new password; whoever was signed in as {user} is not any more.",
     )

@@ -77,11 +77,14 @@ async def passwd(*, password_stdin: PasswordStdin = False, common: Common = DEFA
     async with peer_session(common) as session:
         sign_in(common)  # who is not signed in need not type
         password = _password(password_stdin, prompt="Present password: ")
-        new = _new(
-            _password(password_stdin, variable="TRIMARAN_NEW_PASSWORD", prompt="New password: ", twice=True)
-        )
+        new = new_password(password_stdin)
         revision = await session.change_password(password, new)
     Output.of(common).answer({"revision": revision}, "The password is changed.")
+
+
+def new_password(from_stdin: bool) -> str:
+    """As the present one is taken, but typed twice. Raises `TrimaranError`."""
+    return _new(_password(from_stdin, variable="TRIMARAN_NEW_PASSWORD", prompt="New password: ", twice=True))
 
 
 def _new(password: str) -> str:
