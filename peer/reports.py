@@ -160,7 +160,8 @@ class PeerSession(Protocol):
     home when there is one (over its socket), else an engine in this process that holds the home's lock.
 
     All methods raise `TrimaranError`. Cancelling the awaiting task interrupts the work and keeps its
-    progress.
+    progress. These signatures are the socket's wire as well (`remote.py`): parameters and answers are what msgspec
+    can convert, and paths.
     """
 
     remote: bool  # True: talks to a running `peer run`

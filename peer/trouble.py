@@ -32,12 +32,18 @@ _BY_STATUS: Final = {
     422: Exit.USAGE,
     501: Exit.USAGE,
 }
+# Advice that is about HTTP, as it helps a person: of some kinds always, of others where they say nothing better.
+_ADVICE_OF: Final = {
+    "outcome-unknown": "Run the same command again: it is not done twice.",
+    "request-too-old": "See what is there now, and run the command again if it is still wanted.",
+    "overloaded": "Try again in a moment.",
+}
 _FOR_PEOPLE: Final = {
     problems.INVALID.advice: "Correct it and try again. Nothing was done.",
     problems.NO_SUCH_ROUTE.advice: "Check the names. Nothing was done.",
-    problems.REQUEST_TOO_OLD.advice: "See what is there now, and run the command again if it is still wanted.",
+    problems.INTERNAL.advice: "See what is there now, and run the command again if it is still wanted; the "
+    "tracker's log has the details.",
 }
-"""Advice that is about HTTP, as it helps a person."""
 
 
 def of_tracker(error: TrackerError) -> TrimaranError:
@@ -46,11 +52,24 @@ def of_tracker(error: TrackerError) -> TrimaranError:
     if code is None:
         status = error.status if isinstance(error, ApiProblem) else 0
         code = _BY_STATUS.get(status, Exit.CLUSTER_UNAVAILABLE)
-    hint = sentence(_FOR_PEOPLE.get(error.hint, error.hint))
+    hint = sentence(_hint(error))
     if not hint and code is Exit.CLUSTER_UNAVAILABLE:
         hint = "Look at the nodes with: trimaran cluster status"
     message = sentence(error.message)
     return TrimaranError(message, exit_code=code, code=error.code, outcome=error.outcome, hint=hint)
+
+
+def _hint(error: TrackerError) -> str:
+    if isinstance(error, ApiProblem) and error.code == "rate-limited":
+        seconds = error.problem.retry_after_seconds
+        return (
+            f"Wait {seconds:.0f} seconds, then try again."
+            if seconds
+            else "Wait some minutes, then try again."
+        )
+    if isinstance(error, UnknownOutcome) and not error.idempotency_key:
+        return error.hint  # nothing keeps it from being done twice
+    return _ADVICE_OF.get(error.code, _FOR_PEOPLE.get(error.hint, error.hint))
 
 
 def sentence(text: str) -> str:

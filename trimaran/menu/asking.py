@@ -18,7 +18,7 @@ from rich.text import Text
 from cluster.api.errors import TrackerError
 from peer.reports import TrimaranError
 from peer.trouble import of_tracker
-from trimaran.output import Output, harmless, sized
+from trimaran.output import Output, counted, harmless, sized
 from trimaran.settings import common_of_environment
 from trimaran.wiring import SignedIn, peer_session, signed_in
 
@@ -97,7 +97,9 @@ class Asker:
 
     def files_of(self, group: str, *, several: bool = True) -> list[str]:
         files = self._asked(lambda here: here.trackers.list_files(group)).files
-        titles = [f"{each.name}  ({sized(each.size_bytes)}, {each.seeders} seeders)" for each in files]
+        titles = [
+            f"{each.name}  ({sized(each.size_bytes)}, {counted(each.seeders, 'seeder')})" for each in files
+        ]
         question = "Which files (several with commas)" if several else "Which file"
         picked = self._pick_numbers(question, titles, f"Nothing is shared in {group} yet.", several=several)
         return [files[index].name for index in picked]

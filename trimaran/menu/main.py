@@ -95,9 +95,20 @@ def _cancel(asker: asking.Asker) -> list[str]:
 
 
 def _limits(asker: asking.Asker) -> list[str]:
-    up = asker.text("Send at most, per second (like 2M; 0 is unlimited)", "0")
-    down = asker.text("Receive at most, per second", "0")
-    return ["peer", "limits", "--up", up, "--down", down]
+    up = asker.text("Send at most, per second (like 2M; 0 is unlimited; empty leaves it as it is)", "")
+    down = asker.text("Receive at most, per second", "")
+    return ["peer", "limits", *(["--up", up] if up else []), *(["--down", down] if down else [])]
+
+
+def _leave(asker: asking.Asker) -> list[str]:
+    group = asker.my_group()
+    question = f"Leave {group} (the last one out removes it with all it shares)"
+    return _sure(asker, question, ["group", "leave", group])
+
+
+def _hand_over(asker: asking.Asker) -> list[str]:
+    argv = _member("transfer", "To whom")(asker)
+    return _sure(asker, f"Make {argv[-1]} the owner of {argv[-2]}", argv)
 
 
 SIGNED_IN: tuple[Section, ...] = (
@@ -125,7 +136,7 @@ SIGNED_IN: tuple[Section, ...] = (
             Choice("Ask to join a group", lambda asker: ["group", "join", asker.any_group()]),
             Choice("Withdraw my request", lambda asker: ["group", "withdraw", asker.any_group()]),
             Choice("See a group's members", lambda asker: ["group", "members", asker.my_group()]),
-            Choice("Leave a group", lambda asker: ["group", "leave", asker.my_group()]),
+            Choice("Leave a group", _leave),
         ),
     ),
     Section(
@@ -137,7 +148,7 @@ SIGNED_IN: tuple[Section, ...] = (
             Choice("Put a member out", _member("kick", "Whom")),
             Choice("Make a member an admin", _member("promote", "Whom")),
             Choice("Make an admin a plain member", _member("demote", "Whom")),
-            Choice("Hand the group over", _member("transfer", "To whom")),
+            Choice("Hand the group over", _hand_over),
             Choice("Read the log of rights", lambda asker: ["group", "log", asker.my_group()]),
             Choice("Delete a group", _delete),
         ),
