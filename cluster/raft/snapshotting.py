@@ -51,14 +51,16 @@ class SnapshottingHost(Protocol):
 
 
 class _Sending:
-    __slots__ = ("acknowledged", "meta", "moved_at", "next_offset", "sent_at")
+    __slots__ = ("acknowledged", "furthest", "gained_at", "meta", "moved_at", "next_offset", "sent_at")
 
     def __init__(self, meta: SnapshotMeta, now: float) -> None:
         self.meta = meta
         self.acknowledged = 0
+        self.furthest = 0  # of what was acknowledged, also if that is lost again
         self.next_offset = 0
         self.sent_at = now
         self.moved_at = now
+        self.gained_at = now
 
 
 class _Writing:
@@ -136,7 +138,7 @@ class Snapshotting:
 
     def _helping(self) -> bool:
         now = self._runtime.now()
-        return any(now - sending.moved_at < _GIVEN_UP_SECONDS for sending in self._sending.values())
+        return any(now - sending.gained_at < _GIVEN_UP_SECONDS for sending in self._sending.values())
 
     def _write_slice(self) -> None:
         writing = self._writing
@@ -234,8 +236,15 @@ class Snapshotting:
             sending.acknowledged = m.offset
             sending.next_offset = max(sending.next_offset, m.offset)
             sending.moved_at = self._runtime.now()
+            if m.offset > sending.furthest:
+                sending.furthest, sending.gained_at = m.offset, sending.moved_at
             if m.offset < sending.meta.size_bytes:
                 self._send(node_id, sending)
+        elif m.offset < sending.acknowledged and m.sent_at >= sending.moved_at:
+            # It had more when what it answers was not yet sent: it began anew, and so does this.
+            sending.acknowledged = sending.next_offset = m.offset
+            sending.moved_at = self._runtime.now()
+            self._send(node_id, sending)
 
     def progressed(self, node_id: str) -> None:
         """The node answers from the log again: nothing more to send it."""
