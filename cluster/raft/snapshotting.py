@@ -29,7 +29,6 @@ from cluster.raft.snapshots import (
 )
 
 _RESEND_SECONDS = 1.0
-_PENDING_BYTES_MAX = 4 << 20
 _GIVEN_UP_SECONDS = 15.0
 _PENDING_BYTES_MAX = 8 << 20
 _configuration = msgspec.msgpack.Decoder(Configuration)
@@ -146,9 +145,6 @@ class Snapshotting:
             return
         if writing.writer.pending_bytes > _PENDING_BYTES_MAX:
             self._runtime.call_later(0.005, self._write_slice)  # the disk is slower than the encoding
-            return
-        if writing.writer.pending_bytes > _PENDING_BYTES_MAX:
-            self._runtime.call_later(0.01, self._write_slice)  # the disk is behind
             return
         until = self._runtime.now() + self._settings.snapshot_slice_seconds
         try:
