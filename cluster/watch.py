@@ -54,6 +54,7 @@ _HINTS: Final[dict[Cut, str]] = {
 HEARTBEAT_SLOTS: Final = 10
 _PAST_QUEUES_MAX: Final = 8  # how many times the queue a stream may begin with
 _BROAD: Final = ("", "/groups", "/users")
+_CRUMBLE_CHANGES: Final = 100
 _EVENT_BYTES: Final = 200  # what an event costs in memory beside its value, about
 _FIELD_BYTES: Final = 120  # what a field of its value costs
 
@@ -115,6 +116,7 @@ class Hub:
         self._settings = settings
         self._kept: deque[tuple[Change, int]] = deque()
         self._kept_bytes = 0
+        self._crumbling: deque[tuple[Change, int]] = deque()  # a history that was lost, freed bit by bit
         self._floor = machine.revision  # everything after it is kept
         self._watchers: set[Watcher] = set()
         # Ten thousand heartbeats at once would hold the loop for longer than Raft can bear: they are sent
@@ -143,6 +145,8 @@ class Hub:
 
     def publish(self, change: Change) -> None:
         """From the machine, while it applies: the state is that of `change.revision`."""
+        for _ in range(min(_CRUMBLE_CHANGES, len(self._crumbling))):
+            self._crumbling.pop()
         if change.events:
             self._keep(change)
             if self._watchers:
@@ -152,7 +156,8 @@ class Hub:
 
     def restored(self) -> None:
         """The state was replaced by a snapshot: nobody knows what happened in between."""
-        self._kept.clear()
+        # Freeing a hundred thousand changes at once would hold up everything for tens of milliseconds.
+        self._crumbling, self._kept = self._kept, deque()
         self._kept_bytes = 0
         self._floor = self._machine.revision
         for watcher in list(self._watchers):
