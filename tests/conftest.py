@@ -5,11 +5,16 @@ from __future__ import annotations
 import signal
 from typing import TYPE_CHECKING
 
+from hypothesis import settings
 from xdist.scheduler import LoadScopeScheduling
 
 if TYPE_CHECKING:
     import pytest
     from xdist.remote import Producer
+
+# On a busy machine any example takes longer than hypothesis likes; hanging is what pytest-timeout is for.
+settings.register_profile("no-deadline", deadline=None)
+settings.load_profile("no-deadline")
 
 ONE_WORKER = ("tests/chaos/test_live_rights.py",)  # a rig of a dozen processes, set up once for the file
 
