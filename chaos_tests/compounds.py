@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from chaos_tests import faults
 from chaos_tests.faults import Act, Kind, Running
+from chaos_tests.growing import growing
 
 if TYPE_CHECKING:
     from chaos_tests.rig import Rig
@@ -62,11 +63,10 @@ async def isolated_then_compacted(rig: Rig, chance: random.Random, running: Runn
             way.set(held=True)
         compacted = 0
         until = begin + int(COMPACTION_SECONDS_MAX * 1e9)
-        while rig.recorder.now_ns() < until:
-            await asyncio.sleep(0.2)
-            compacted = sum(rig.newest_snapshot(node) > before[node] for node in others)
-            if compacted == len(others):
-                break
+        async with growing(rig, others):
+            while rig.recorder.now_ns() < until and compacted < len(others):
+                await asyncio.sleep(0.2)
+                compacted = sum(rig.newest_snapshot(node) > before[node] for node in others)
         pending = sum(
             o.node == leader and o.call_ns > begin and bool(o.request_id)
             for o in rig.recorder.history.operations
@@ -92,8 +92,9 @@ async def majority_dies_at_rename(rig: Rig, chance: random.Random, running: Runn
         # Those that have died leave no majority, so the rest may make no snapshot any more: they are killed.
         died = 0
         until = rig.recorder.now_ns() + int(COMPACTION_SECONDS_MAX * 1e9)
-        while rig.recorder.now_ns() < until and died < len(victims):
-            died = sum([await rig.dies_within(node, 0.1) for node in victims])
+        async with growing(rig, victims):
+            while rig.recorder.now_ns() < until and died < len(victims):
+                died = sum([await rig.dies_within(node, 0.1) for node in victims])
         running.detail = f"{side} the rename; {died} of {len(victims)} died at it"
         running.bit = died > 0
     finally:

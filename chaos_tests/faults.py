@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from chaos_tests.growing import growing
 from chaos_tests.history import Fault
 
 if TYPE_CHECKING:
@@ -344,7 +345,8 @@ def kill_point(*names: str, nth_max: int = 40, seconds: float = 4.0) -> Act:
         try:
             await rig.kill(node)
             await rig.start(node, {"TRIMARAN_KILL_POINT": point})
-            running.bit = await rig.dies_within(node, seconds)
+            async with growing(rig, rig.node_ids):
+                running.bit = await rig.dies_within(node, seconds)
         finally:
             await rig.kill(node)
             await rig.start(node)
