@@ -156,7 +156,7 @@ class Recorder:
     def __init__(self, path: Path | None, seed: int) -> None:
         self.history = History(seed=seed)
         self._start_ns = time.monotonic_ns()
-        self._file = path.open("ab") if path else None
+        self._file = path.open("wb") if path else None
         self._next_id = 0
         self._write("run", {"seed": seed})
 

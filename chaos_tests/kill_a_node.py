@@ -85,7 +85,7 @@ async def once(seed: int, kills: int, out: Path) -> tuple[History, float, list[V
     log, verdicts = revisions.log_of(history)
     verdicts += [
         product.check_transfers(history.transfers),
-        revisions.check_acknowledged(history.operations, log, workload.trace),
+        revisions.check_acknowledged(history.operations, log, workload.trace, history.watched),
         revisions.check_order(history.operations),
         cluster.check_leaders(history.samples),
         cluster.check_digests(history.samples),

@@ -217,7 +217,7 @@ def check(history: History, profile: Profile, nodes: set[str], missing: list[str
     verdicts += [
         revisions.check_order(operations),
         revisions.check_request_ids(operations),
-        revisions.check_acknowledged(operations, log, workload.trace),
+        revisions.check_acknowledged(operations, log, workload.trace, history.watched),
         cluster.check_leaders(history.samples),
         cluster.check_digests(history.samples),
         cluster.check_liveness(history, nodes),

@@ -176,19 +176,21 @@ class World:
         reply = await self.apis[user].call(
             node, method, path, body=body, request_id=identity, seconds=OPERATION_SECONDS
         )
+        told = str(reply.status)
         if reply.end in ("unknown", "fail"):
             first = reply
             again = chance.choice([other for other in self.nodes if other != node] or self.nodes)
             reply = await self.apis[user].call(
                 again, method, path, body=body, request_id=identity, seconds=OPERATION_SECONDS
             )
+            told += f", {again} {reply.status}"
             if first.end == "unknown" and reply.end == "fail":
                 reply = first  # the first may still take effect
         # Asking to join twice changes nothing the second time, so its revision may be another's.
         output: Any = "unchanged" if name == "request" and reply.end == "ok" else reply.code
         if reply.end == "refused" and reply.code not in OBSERVATIONS:
             reply.end = "unknown" if reply.code == "request_too_old" else "fail"
-        self.recorder.end(operation, reply.end, output, reply.revision, detail=str(reply.status))
+        self.recorder.end(operation, reply.end, output, reply.revision, detail=told)
         return operation
 
     async def _read(

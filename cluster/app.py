@@ -10,6 +10,7 @@ then watches end (their readers go to another node), then what is in work is fin
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import gc
 import logging
@@ -23,7 +24,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -47,6 +48,8 @@ HAND_OVER_SECONDS = 2.0
 STOP_SECONDS_MAX = 30.0
 FATAL_STOP_SECONDS_MAX = 5.0
 BACKLOG = 1024
+TOLD_EVERY_SECONDS = 10.0
+_NO_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class NodeError(Exception):
@@ -77,7 +80,9 @@ def run_node(config: NodeConfig, ready: Callable[[Running], None], *, stop_with_
 
 
 async def _run(config: NodeConfig, ready: Callable[[Running], None], *, stop_with_stdin: bool) -> None:
-    ending: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(LoopTrouble())
+    ending: asyncio.Future[str] = loop.create_future()
     with _signals(ending), _stdin(ending) if stop_with_stdin else nullcontext():
         async with assemble(config, fatal=lambda reason: _end(ending, reason)) as running:
             ready(running)
@@ -318,6 +323,22 @@ def _collector() -> Iterator[None]:
         yield
     finally:
         gc.set_threshold(*before)
+
+
+class LoopTrouble:
+    """The event loop's exception handler. Out of file descriptors, asyncio tells of it a thousand times in a row, each
+    with a traceback, and does little else meanwhile: here it is a line now and then."""
+
+    def __init__(self) -> None:
+        self._told_at = float("-inf")
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if not isinstance(error, OSError) or error.errno not in _NO_RESOURCES:
+            loop.default_exception_handler(context)
+        elif loop.time() - self._told_at >= TOLD_EVERY_SECONDS:
+            self._told_at = loop.time()
+            _log.warning("new connections must wait", reason=error.strerror)
 
 
 def configure_log(level: str) -> None:

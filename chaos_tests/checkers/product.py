@@ -122,9 +122,8 @@ def check_deadlines(operations: list[Operation], loads: Sequence[Load] = ()) -> 
             f"operation {operation.id} ({operation.name} {operation.key} on {operation.node}) ended "
             f"{late_ns / 1e9:.1f} s after its deadline"
         )
-        slept = max(
-            (load.late_seconds for load in loads if operation.call_ns <= load.at_ns <= operation.end_ns),
-            default=0.0,
+        slept = sum(
+            load.late_seconds for load in loads if operation.call_ns <= load.at_ns <= operation.end_ns
         )
         if slept * 1e9 < late_ns - DEADLINE_SLACK_SECONDS * 1e9:
             return violated(name, len(operations), told, operation.call_ns, [operation.id])

@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import heapq
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from chaos_tests.checkers.verdict import Verdict, held, violated
-from chaos_tests.history import History, Operation
+from chaos_tests.history import History, Operation, Watched
 
 Log = dict[int, list[dict[str, Any]]]
 READS = frozenset({"read"})
@@ -107,15 +107,40 @@ def check_request_ids(operations: list[Operation]) -> Verdict:
 Trace = Callable[[Operation], tuple[str, str] | None]
 
 
-def check_acknowledged(operations: list[Operation], log: Log, trace: Trace) -> Verdict:
-    """No acknowledged write is missing from the log."""
+class Unseen:
+    """The revisions that nobody told the rig of: every watcher of a prefix had to list anew there (410)."""
+
+    def __init__(self, watched: list[Watched]) -> None:
+        last: dict[str, int] = {}
+        self._gaps: dict[str, dict[str, list[tuple[int, int]]]] = defaultdict(lambda: defaultdict(list))
+        for message in sorted(watched, key=lambda message: message.at_ns):
+            gaps = self._gaps[message.prefix][message.watcher]
+            if message.resumed:
+                gaps.append((last.get(message.watcher, 0), message.revision))
+            last[message.watcher] = message.revision
+
+    def __contains__(self, place: tuple[str, int]) -> bool:
+        """(path, revision)."""
+        path, revision = place
+        return any(
+            all(any(a < revision < b for a, b in gaps) for gaps in watchers.values())
+            for prefix, watchers in self._gaps.items()
+            if path.startswith(f"{prefix}/")
+        )
+
+
+def check_acknowledged(
+    operations: list[Operation], log: Log, trace: Trace, watched: Sequence[Watched] = ()
+) -> Verdict:
+    """No acknowledged write is missing from the log, where the log was seen (`watched`)."""
     name = "acknowledged writes kept"
     checked = 0
+    unseen = Unseen(list(watched))
     for operation in operations:
         if operation.end != "ok" or operation.name in READS or operation.output == "unchanged":
             continue
         expected = trace(operation)
-        if expected is None or operation.revision is None:
+        if expected is None or operation.revision is None or (expected[0], operation.revision) in unseen:
             continue
         checked += 1
         found = {(event["path"], event["type"]) for event in log.get(operation.revision, [])}

@@ -75,6 +75,17 @@ def test_an_acknowledged_write_missing_from_the_log_is_lost() -> None:
     assert result(revisions.check_acknowledged([op(0, "publish", 0, 1, 6)], log, trace)) == "violated"
 
 
+def test_only_what_every_watcher_had_to_list_anew_is_not_missed() -> None:
+    lost = [op(0, "publish", 0, 1, 6)]
+    one = [message("w", 5), message("v", 5), message("w", 8, resumed=True)]
+    whole, both = message("v", 8), message("v", 8, resumed=True)
+    log, _ = revisions.log_of(h.History(watched=[*one, whole]))
+    assert result(revisions.check_acknowledged(lost, log, trace, [*one, whole])) == "violated"
+    assert result(revisions.check_acknowledged(lost, log, trace, [*one, both])) == "held"
+    late = [op(0, "publish", 0, 1, 9)]
+    assert result(revisions.check_acknowledged(late, log, trace, [*one, both])) == "violated"
+
+
 def test_streams_that_differ_on_a_revision_are_a_violation() -> None:
     _, agreement = revisions.log_of(
         h.History(watched=[message("w", 5, value="a"), message("v", 5, value="b")])
@@ -183,6 +194,12 @@ def test_downloads_that_end_wrong_or_never() -> None:
     assert result(product.check_transfers(transfer(got_sha256="y"))) == "violated"
     assert result(product.check_transfers(transfer(exit_code=7))) == "violated"
     assert result(product.check_transfers(transfer(exit_code=7, can_finish=False))) == "held"
+
+
+def test_waiting_past_the_deadline_while_the_rig_itself_overslept() -> None:
+    naps = [h.Load(at_ns=at * S, runnable=20.0, late_seconds=1.5) for at in (2, 4, 30)]
+    assert result(product.check_deadlines([op(0, "read", 0, 8.5)], naps)) == "unknown"
+    assert result(product.check_deadlines([op(0, "read", 0, 10)], naps)) == "violated"
 
 
 def test_waiting_past_the_deadline() -> None:
