@@ -236,7 +236,7 @@ def test_storms_of_joins_and_leaves() -> None:
 
         if number % 3:
             swarm.at(0.1 * number + 1.5, leave)
-    assert swarm.run(lambda: swarm.now > 8 and swarm.all_done(), 60)
+    assert swarm.run(lambda: swarm.now > 7.5 and swarm.all_done(), 60)
     everything = full_mask(swarm.pieces)
     assert all(peer.download.have == everything for peer in swarm.peers.values() if peer.alive)
 
