@@ -79,7 +79,7 @@ def sentence(text: str) -> str:
         text = text[0].upper() + text[1:]
     # A command at the end is to be copied: no full stop behind it.
     copied = "trimaran " in text.partition(": ")[2]
-    return text if not text or text[-1] in ".!?)`" or copied else f"{text}."
+    return text if not text or text[-1] in ".!?" or copied else f"{text}."
 
 
 def refused(error: TrackerError) -> bool:

@@ -30,7 +30,11 @@ def of_node(error: Exception) -> TrimaranError | None:
             hint="Name the cluster's CA with --ca FILE (or TRIMARAN_CA): it is the ca.pem in a tracker's data folder.",
         )
     if isinstance(error, ConfigError):
-        return TrimaranError(sentence(str(error)), exit_code=Exit.USAGE, code="usage")
+        nameless = (
+            "Name the folder of a node that was made before with --data-dir, or a new node with --node-id."
+        )
+        hint = nameless if error.field == "node_id" else ""
+        return TrimaranError(sentence(str(error)), exit_code=Exit.USAGE, code="usage", hint=hint)
     if isinstance(error, AuthorityError):
         exit_code = Exit.DENIED if error.denied else Exit.USAGE
         return TrimaranError(

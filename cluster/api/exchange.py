@@ -10,6 +10,7 @@ An attempt ends in exactly one way:
 from __future__ import annotations
 
 import asyncio
+import os
 import ssl
 from dataclasses import dataclass
 from typing import Any
@@ -133,7 +134,9 @@ def failure(error: Exception) -> Failed:
     if isinstance(error, _UNREACHED):
         if isinstance(error, TimeoutError):
             return Failed("no connection in time", indefinite=False)
-        reason = getattr(error, "strerror", None) or str(error)
+        number = getattr(error, "errno", None)  # asyncio's own words repeat the address as a tuple
+        known = os.strerror(number) if isinstance(number, int) and number > 0 else ""
+        reason = known or getattr(error, "strerror", None) or str(error)
         return Failed(f"no connection ({reason})", indefinite=False)
     if isinstance(error, TimeoutError | asyncio.TimeoutError):
         return Failed("no answer in time", indefinite=True)

@@ -26,7 +26,9 @@ MIB = 1 << 20
 FILE_BYTES = 1024 * MIB if FULL else 96 * MIB
 RESUMED_BYTES = 512 * MIB if FULL else 32 * MIB
 RESUMED_RATE = "20M" if FULL else "3M"
-EACH_SEEDERS_RATE = "0" if FULL else "20M"  # small files are over before the scheduler of a busy machine is fair
+EACH_SEEDERS_RATE = (
+    "0" if FULL else "20M"
+)  # small files are over before the scheduler of a busy machine is fair
 SWARM_BYTES = 256 * MIB if FULL else 64 * MIB
 
 pytestmark = pytest.mark.timeout(900 if FULL else 240)

@@ -122,6 +122,8 @@ def test_usage_errors_are_2_and_name_what_is_wrong(
             "Unknown option: --dwn. Did you mean --down?",
             "See: trimaran get --help",
         ),
+        (("get", "a/b", "--down"), "--down needs a value.", "See: trimaran get --help"),
+        (("--quiet", "--versio"), "There is no verb among these words.", "See: trimaran --help"),
         (("files", ""), 'Invalid value "" for GROUP. A name cannot be empty.', "See: trimaran files --help"),
         (
             ("files", "g", "--trackers", "https://127.0.0.1:1", "--ca", "/nowhere.pem"),
@@ -160,6 +162,7 @@ def test_a_mistake_is_named_with_what_to_do(
             "nothing was changed; see `trimaran x`, and go on",
             "Nothing was changed; see `trimaran x`, and go on.",
         ),
+        ("this is not made by `trimaran tracker invite`", "This is not made by `trimaran tracker invite`."),
         ("See all groups: trimaran group list", "See all groups: trimaran group list"),
         ("", ""),
     ],
@@ -178,7 +181,12 @@ def test_a_dead_cluster_is_6(tmp_path: Path) -> None:
         "cluster", "status", "--json", "--trackers", "http://127.0.0.1:1", "--insecure", home=tmp_path
     )
     assert (done.returncode, done.stdout) == (Exit.CLUSTER_UNAVAILABLE, b"")
-    assert orjson.loads(done.stderr)["error"]["outcome"] == "definite"
+    error = orjson.loads(done.stderr)["error"]
+    assert error["outcome"] == "definite"
+    assert error["message"] == (
+        "No tracker could answer: http://127.0.0.1:1: no connection (Connection refused)."
+    )
+    assert "cluster status" not in error["hint"], "that is what was just run"
 
 
 def test_nobody_signed_in_is_4(tmp_path: Path) -> None:

@@ -94,8 +94,17 @@ def _print(out: Output, status: StatusAnswer) -> None:
 @app.command
 async def status(*, common: Common = DEFAULTS) -> None:
     """Show quorum, leader and nodes. Any node that answers will do; no sign-in is needed."""
+    from cluster.api.errors import Unavailable
+    from peer.trouble import of_tracker
+
     async with trackers(with_cluster(common)) as client:
-        answer = await _survey(client, seconds=2.0)
+        try:
+            answer = await _survey(client, seconds=2.0)
+        except Unavailable as error:
+            told = of_tracker(error)
+            if error.code == "cluster-unavailable":
+                told.hint = "Check that the nodes run (trimaran tracker run), their addresses, and the network between."
+            raise told from error
     out = Output.of(common)
     out.answer(_document(answer), lambda: _print(out, answer))
 

@@ -202,11 +202,15 @@ def _sentence(error: CycloptsError) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, MissingArgumentError) and error.argument is not None and error.keyword is None:
         return f"`trimaran {' '.join(error.command_chain or ())}` needs {error.argument.name}."
+    if isinstance(error, MissingArgumentError) and error.keyword is not None:
+        return f"{error.keyword} needs a value."
     if isinstance(error, UnknownCommandError):
         said, _, known = text.partition(" Available commands: ")
         noun = f"trimaran {' '.join(error.command_chain)}" if error.command_chain else ""
         if noun and error.unused_tokens and error.unused_tokens[0].startswith("-"):
             return f"`{noun}` needs a verb: {known}"
+        if not noun and error.unused_tokens and error.unused_tokens[0].startswith("-"):
+            return "There is no verb among these words."
         return said if "Did you mean" in said or not noun else f"{said} `{noun}` knows: {known}"
     return text if text.endswith((".", "?", "!")) else f"{text}."
 

@@ -210,7 +210,11 @@ def _invite_text(file: str) -> str:
     try:
         text = sys.stdin.read() if file == "-" else Path(file).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        usage(f"The invite {file} cannot be read: {error}.")
+        why = error.strerror if isinstance(error, OSError) else "it is no text"
+        usage(
+            f"The invite {file} cannot be read: {why}.",
+            "Make one on a running node with: trimaran tracker invite NODE --raft HOST:PORT > FILE",
+        )
     try:
         return str(orjson.loads(text)["invite"])
     except (orjson.JSONDecodeError, KeyError, TypeError):
