@@ -26,6 +26,7 @@ from state_machine.outcomes import AnnounceValue
 
 BATCH_BYTES_MAX: Final = limits.COMMAND_BYTES_MAX // 2
 BATCH_ANNOUNCEMENTS: Final = 16  # enough to share an entry's cost
+SETTLING_SECONDS: Final = 0.004
 
 ProposeBatch = Callable[[AnnouncePeers], Awaitable[tuple[AnnounceValue, ...]]]
 End = AnnounceValue | ProblemError
@@ -60,6 +61,7 @@ class Announcer:
         self._wall_ms = wall_ms
         self._waiting: list[_Waiting] = []
         self._waiting_bytes = 0
+        self._sent_last = 0  # how many were in the last batch
         self._timer: asyncio.TimerHandle | None = None
         self._sending: set[asyncio.Task[None]] = set()
         self.local = 0  # answered without the log
@@ -141,13 +143,26 @@ class Announcer:
         self._waiting.append((announcement, done))
         self._waiting_bytes += size
         if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(self._window_seconds, self._send)
+            self._send_within(self._window_seconds)
         self._send_if_enough()
 
     def _send_if_enough(self) -> None:
         # While a batch is under way the next one grows: the busier, the more share an entry.
-        if len(self._waiting) >= BATCH_ANNOUNCEMENTS and not self._sending:
+        if self._sending or len(self._waiting) < BATCH_ANNOUNCEMENTS:
+            return
+        if len(self._waiting) >= self._sent_last:
             self._send()
+        else:
+            # Whoever was just answered is about to say more: a moment, and they share an entry with these.
+            self._send_within(SETTLING_SECONDS)
+
+    def _send_within(self, seconds: float) -> None:
+        loop = asyncio.get_running_loop()
+        if self._timer is not None:
+            if self._timer.when() <= loop.time() + seconds:
+                return
+            self._timer.cancel()
+        self._timer = loop.call_later(seconds, self._send)
 
     def _send(self) -> None:
         if self._timer is not None:
@@ -155,6 +170,7 @@ class Announcer:
             self._timer = None
         batch, self._waiting, self._waiting_bytes = self._waiting, [], 0
         if batch:
+            self._sent_last = len(batch)
             task = asyncio.get_running_loop().create_task(self._send_batch(batch))
             self._sending.add(task)
             task.add_done_callback(self._sent)

@@ -111,3 +111,26 @@ async def test_while_one_batch_is_under_way_the_next_one_grows() -> None:
         BATCH_ANNOUNCEMENTS,
         BATCH_ANNOUNCEMENTS + 5,
     ]
+
+
+async def test_after_a_large_batch_a_smaller_one_waits_a_moment_for_those_just_answered() -> None:
+    log = _Log(FOREVER_SECONDS)
+    log.under_way.clear()
+    tasks = [log.announce(number, 1) for number in range(BATCH_ANNOUNCEMENTS)]
+    while not log.batches:
+        await asyncio.sleep(0)
+    tasks += [log.announce(number, 2) for number in range(BATCH_ANNOUNCEMENTS + 8)]
+    for _ in range(10):
+        await asyncio.sleep(0)
+    log.under_way.set()
+    async with asyncio.timeout(5):
+        await asyncio.gather(*tasks)
+        smaller = [log.announce(number, 3) for number in range(BATCH_ANNOUNCEMENTS)]
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert len(log.batches) == 2
+        joining = [log.announce(number, 4) for number in range(8)]
+        await asyncio.gather(*smaller, *joining)
+        await asyncio.gather(*[log.announce(number, 5) for number in range(BATCH_ANNOUNCEMENTS)])
+    sizes = [len(batch.announcements) for batch in log.batches]
+    assert sizes == [16, 24, 24, 16], "and where fewer say anything from then on, fewer are sent"
