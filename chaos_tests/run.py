@@ -36,6 +36,7 @@ MODELS: dict[str, tuple[linearizability.State, linearizability.Step]] = {
     "file": (linearizability.ABSENT, linearizability.file_model),
     "membership": ("none", linearizability.membership_model),
 }
+PLAYERS_REST_SECONDS = 3.0
 LEASE_SECONDS = 30.0
 LEASE_SLACK_SECONDS = 25.0  # the renewal interval, the leader's own timing from its election, and a pause
 
@@ -97,6 +98,7 @@ async def run(
     swarm: Swarm | None = None
     world: World | None = None
     tasks: list[asyncio.Task[object]] = []
+    players: list[asyncio.Task[None]] = []
     stop_reading = asyncio.Event()
     reader: Api | None = None
     try:
@@ -115,7 +117,7 @@ async def run(
             tasks.append(asyncio.create_task(swarm.observe(reader, rig.node_ids, stop_reading)))
         for number, group in enumerate(world.groups):
             for k, user in enumerate(world.cast[group]):
-                tasks.append(
+                players.append(
                     asyncio.create_task(world.run_client(group, user, seed * 1000 + number * 10 + k, 0.15))
                 )
             for watcher in range(2):
@@ -128,6 +130,8 @@ async def run(
         recorder.history.healed_ns = recorder.now_ns()
         await asyncio.sleep(3.0)  # the users go on for a moment after the faults, then rest
         world.stopping.set()
+        await asyncio.wait(players, timeout=2 * workload.OPERATION_SECONDS + 1)
+        await asyncio.sleep(PLAYERS_REST_SECONDS)  # the last writes are told to the watchers
         await _settle(rig, recorder, downloads)
     finally:
         stop_reading.set()
@@ -135,9 +139,10 @@ async def run(
             world.stopping.set()
             world.hang_up.set()
         await asyncio.sleep(0.5)
-        for task in tasks:
+        for task in tasks + players:
             task.cancel()
-        broken = [e for e in await asyncio.gather(*tasks, return_exceptions=True) if isinstance(e, Exception)]
+        ends = await asyncio.gather(*tasks, *players, return_exceptions=True)
+        broken = [e for e in ends if isinstance(e, Exception)]
         if swarm:
             await swarm.tear_down()
         if world:
