@@ -102,7 +102,7 @@ class Getting:
             )
         if isinstance(begun, Record):
             return await self._report(begun, None, began, checksum=checksum)
-        if Path(begun.record.path) != target:
+        if not _same_place(Path(begun.record.path), target):
             raise _elsewhere(begun)
         begun.down_bytes_per_second = down_bytes_per_second
         self.run(begun)
@@ -374,6 +374,16 @@ def _unavailable() -> TrimaranError:
         code="cluster-unavailable",
         hint="Look at the nodes with: trimaran cluster status",
     )
+
+
+def _same_place(one: Path, other: Path) -> bool:
+    """The same name in the same folder, whatever the folder is called."""
+    if one == other:
+        return True
+    try:
+        return one.name == other.name and one.parent.samefile(other.parent)
+    except OSError:
+        return False
 
 
 def _elsewhere(transfer: Transfer) -> TrimaranError:

@@ -115,8 +115,12 @@ async def test_a_download_begun_elsewhere_does_not_go_there_silently(
     assert refused.value.exit_code is Exit.CONFLICT
     assert str(tmp_path / "there") in refused.value.message
     assert "trimaran cancel boats/hull.bin" in refused.value.hint
+    assert not (tmp_path / "elsewhere").exists()
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    report = await get(ben, "hull.bin", tmp_path / "link")  # the same folder by another name
+    assert Path(report.path).stat().st_size == SIZE
 
 
 async def test_what_is_whole_is_whole_after_a_kick(
