@@ -43,9 +43,7 @@ class Announcers:
 
     @property
     def _url(self) -> str:
-        leader = self._cluster.leader()
-        assert leader is not None
-        return self._cluster.urls[leader]
+        return self._cluster.urls[self._cluster.until_led()]
 
     def _write(self, method: str, path: str, body: object, session: str = "") -> dict[str, object]:
         self._number += 1

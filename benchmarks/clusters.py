@@ -96,6 +96,15 @@ class Cluster(ABC):
         for node in self.nodes:
             node.kill()
 
+    def until_led(self) -> int:
+        """The leader's number; on a crowded machine one may be elected just then."""
+        until = time.monotonic() + 30
+        while (leader := self.leader()) is None:
+            if time.monotonic() > until:
+                raise TimeoutError(f"{self.name} has had no leader for 30 s")
+            time.sleep(0.05)
+        return leader
+
     def cpu_seconds(self) -> float:
         return sum(node.cpu_seconds() for node in self.nodes)
 
@@ -141,8 +150,7 @@ class Etcd(Cluster):
         return None
 
     def revision(self) -> int:
-        leader = self.leader()
-        assert leader is not None
+        leader = self.until_led()
         header = ask(f"{self.urls[leader]}/v3/maintenance/status", "POST", {})[1]["header"]
         assert isinstance(header, dict)
         return int(header["revision"])
@@ -239,8 +247,7 @@ class Trimaran(Cluster):
         return None
 
     def revision(self) -> int:
-        leader = self.leader()
-        assert leader is not None
+        leader = self.until_led()
         return int(str(ask(f"{self.urls[leader]}/v1/status")[1]["revision"]))
 
     def load_script(self) -> str:

@@ -166,8 +166,7 @@ def announce(cluster: Trimaran, rounds: int, seconds: int, keep: Callable[..., N
 
 def _measured(cluster: Cluster, script: str, clients: int, seconds: int) -> tuple[dict[str, float], float]:
     """What `wrk` says, and the CPU seconds of all nodes meanwhile."""
-    leader = cluster.leader()
-    assert leader is not None, f"{cluster.name} has no leader"
+    leader = cluster.until_led()
     before = cluster.cpu_seconds()
     said = wrk.run(cluster.urls[leader], script, cluster.folder, clients, seconds, cluster.name)
     return said, cluster.cpu_seconds() - before
@@ -188,9 +187,7 @@ def kill_leaders(clusters: list[Cluster], trials: int, keep: Callable[..., None]
 
 def kill_leader(cluster: Cluster, trial: int) -> float:
     """Kill the leader, and write through the others until one is acknowledged; seconds that took."""
-    wait_until(lambda: cluster.leader() is not None, 30, f"{cluster.name} has a leader")
-    leader = cluster.leader()
-    assert leader is not None
+    leader = cluster.until_led()
     others = [number for number in range(3) if number != leader]
     assert cluster.write_once(others[0], trial * 1000, 10), "a write before the kill"
     begun = time.monotonic()

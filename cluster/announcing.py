@@ -26,6 +26,7 @@ from state_machine.outcomes import AnnounceValue
 
 BATCH_BYTES_MAX: Final = limits.COMMAND_BYTES_MAX // 2
 BATCH_ANNOUNCEMENTS: Final = 16  # enough to share an entry's cost
+BATCH_ANNOUNCEMENTS_MAX: Final = 256  # applied, and answered, in one turn of the loop each
 SETTLING_SECONDS: Final = 0.004
 
 ProposeBatch = Callable[[AnnouncePeers], Awaitable[tuple[AnnounceValue, ...]]]
@@ -138,7 +139,7 @@ class Announcer:
         return future
 
     def _gather(self, announcement: Announcement, size: int, done: Callable[[End], None]) -> None:
-        if self._waiting and self._waiting_bytes + size > BATCH_BYTES_MAX:
+        if self._waiting_bytes + size > BATCH_BYTES_MAX or len(self._waiting) >= BATCH_ANNOUNCEMENTS_MAX:
             self._send()
         self._waiting.append((announcement, done))
         self._waiting_bytes += size

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from cluster.announcing import BATCH_ANNOUNCEMENTS, Announcer
+from cluster.announcing import BATCH_ANNOUNCEMENTS, BATCH_ANNOUNCEMENTS_MAX, Announcer
 from cluster.settings import ServiceSettings
 from state_machine import codec
 from state_machine.commands import (
@@ -111,6 +111,20 @@ async def test_while_one_batch_is_under_way_the_next_one_grows() -> None:
         BATCH_ANNOUNCEMENTS,
         BATCH_ANNOUNCEMENTS + 5,
     ]
+
+
+async def test_no_batch_holds_the_loop_for_long() -> None:
+    log = _Log(FOREVER_SECONDS)
+    log.under_way.clear()
+    tasks = [log.announce(number % 32, number) for number in range(BATCH_ANNOUNCEMENTS_MAX + 40)]
+    while not log.batches:
+        await asyncio.sleep(0)
+    for _ in range(10):
+        await asyncio.sleep(0)
+    log.under_way.set()
+    async with asyncio.timeout(5):
+        await asyncio.gather(*tasks)
+    assert max(len(batch.announcements) for batch in log.batches) == BATCH_ANNOUNCEMENTS_MAX
 
 
 async def test_after_a_large_batch_a_smaller_one_waits_a_moment_for_those_just_answered() -> None:
