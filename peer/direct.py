@@ -15,6 +15,7 @@ then on. (Their mean would say as much about how busy the processors are.)
 from __future__ import annotations
 
 import errno
+import fcntl
 import mmap
 import os
 import threading
@@ -59,8 +60,9 @@ class DirectWriter:
         return -1
 
     def write(self, ordinary: int, direct: int, data: memoryview, offset: int) -> bool:
-        """Write all of `data` at `offset`; what is not aligned, or all, through `ordinary`. Returns whether it went
-        directly but for its edges. Raises OSError."""
+        """Write all of `data` at `offset`; what is not aligned, or all, through `ordinary`. With one descriptor for both,
+        which nobody else may use meanwhile, it is made direct for a while. Returns whether all but the edges went
+        directly. Raises OSError."""
         begin = -(-offset // ALIGNED_BYTES) * ALIGNED_BYTES
         end = (offset + len(data)) // ALIGNED_BYTES * ALIGNED_BYTES
         if direct < 0 or not self.on or end - begin < DIRECT_BYTES_MIN:
@@ -71,7 +73,13 @@ class DirectWriter:
             middle = self._aligned(middle)
         began = time.monotonic()
         try:
-            write_all(direct, middle, begin)
+            if direct == ordinary:
+                fcntl.fcntl(direct, fcntl.F_SETFL, _FLAG)
+            try:
+                write_all(direct, middle, begin)
+            finally:
+                if direct == ordinary:
+                    fcntl.fcntl(direct, fcntl.F_SETFL, 0)
         except OSError as error:
             if error.errno not in _NOT_HERE:
                 raise

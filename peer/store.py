@@ -23,8 +23,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from .content import Content, SourceGoneError, open_below
-from .direct import DIRECT_BYTES_MIN, DirectWriter
+from .content import Below, Content, SourceGoneError
+from .direct import DirectWriter
 from .hashing import print_of
 from .home import sync_folder
 from .manifest import DIGEST_BYTES, Layout, Manifest, piece_digest
@@ -168,25 +168,19 @@ class PartStore:
                 if not self._writer.write(self._single, self._direct, piece, offset):
                     _begin_writing_out(self._single, offset, len(piece))
                 return
-            for file_index, offset, length in self.manifest.layout.spans(index):
-                descriptor = self.content.open(file_index)
-                try:
-                    self._write_file(descriptor, piece[:length], offset)
-                finally:
-                    os.close(descriptor)
-                piece = piece[length:]
+            with Below(self.part) as below:
+                for file_index, offset, length in self.manifest.layout.spans(index):
+                    path = self.manifest.layout.files[file_index].path
+                    descriptor = below.open(path, os.O_WRONLY | os.O_NONBLOCK)
+                    try:
+                        self._writer.write(descriptor, descriptor, piece[:length], offset)
+                    finally:
+                        os.close(descriptor)
+                    piece = piece[length:]
         except (OSError, SourceGoneError) as error:
             full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
             reason = error.strerror if isinstance(error, OSError) else str(error)
             raise DiskTroubleError(f"writing beside {self.target} failed: {reason}", full=full) from error
-
-    def _write_file(self, descriptor: int, data: memoryview, offset: int) -> None:
-        direct = self._writer.opened(descriptor) if len(data) >= DIRECT_BYTES_MIN else -1
-        try:
-            self._writer.write(descriptor, direct, data, offset)
-        finally:
-            if direct >= 0:
-                os.close(direct)
 
     def copy_from(self, index: int, source: Content, spans: list[tuple[int, int, int]]) -> bool:
         """Take a piece from files of this peer's own, without the bytes passing through here where the
@@ -247,7 +241,7 @@ class PartStore:
         if self._single is not None:
             os.fchmod(self._single, (0o777 if layout.files[0].executable else 0o666) & ~mask)
         else:
-            self._set_modes(mask)
+            _set_folder_modes(self.part, mask)
         self._sync_data()
         try:
             rename_new(self.part, self.target)
@@ -264,22 +258,6 @@ class PartStore:
         self.content.prints = prints = prints_of(self.target, layout)
         self.content.writable = False
         return prints
-
-    def _set_modes(self, mask: int) -> None:
-        root = os.open(self.part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            for entry in self.manifest.layout.files:
-                descriptor = open_below(root, entry.path, os.O_RDONLY)
-                try:
-                    os.fchmod(descriptor, (0o777 if entry.executable else 0o666) & ~mask)
-                finally:
-                    os.close(descriptor)
-            for _, folders, _, descriptor in os.fwalk(dir_fd=root, topdown=False):
-                for folder in folders:
-                    os.chmod(folder, 0o777 & ~mask, dir_fd=descriptor)
-            os.fchmod(root, 0o777 & ~mask)
-        finally:
-            os.close(root)
 
     def close(self) -> None:
         self.map.close()
@@ -397,11 +375,12 @@ def _make_part(part: Path, layout: Layout) -> list[int]:
         finally:
             os.close(descriptor)
     part.mkdir(mode=0o700)
-    root = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        inodes = [os.fstat(root).st_ino]
+    with Below(part) as below:
+        inodes = [os.fstat(below.root).st_ino]
         for entry in layout.files:
-            descriptor = open_below(root, entry.path, flags, make_folders=True)
+            # Its own mode at once: the part's folder lets nobody in.
+            mode = 0o777 if entry.executable else 0o666
+            descriptor = below.open(entry.path, flags, make_folders=True, mode=mode)
             try:
                 _reserve(descriptor, entry.size_bytes)
                 inodes.append(os.fstat(descriptor).st_ino)
@@ -410,6 +389,16 @@ def _make_part(part: Path, layout: Layout) -> list[int]:
         for folder in layout.empty_folders:
             (part / folder).mkdir(mode=0o700, parents=True)
         return inodes
+
+
+def _set_folder_modes(part: Path, mask: int) -> None:
+    """What nobody else could enter while it was unfinished. (Its files were made with their own modes.)"""
+    root = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        for _, folders, _, descriptor in os.fwalk(dir_fd=root, topdown=False):
+            for folder in folders:
+                os.chmod(folder, 0o777 & ~mask, dir_fd=descriptor)
+        os.fchmod(root, 0o777 & ~mask)
     finally:
         os.close(root)
 
@@ -428,25 +417,15 @@ def _reserve(descriptor: int, size_bytes: int) -> None:
 
 
 def _take_up_folder(part: Path, layout: Layout, piece_map: PieceMap) -> None:
-    """Drop the pieces of files that are not those we made, and make those files again."""
-    root = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        lost = False
+    """Raises OSError unless every file is the one we made: when somebody worked in our folder, what is left of it is
+    not worth trusting."""
+    with Below(part) as below:
         for file_index, entry in enumerate(layout.files):
-            try:
-                descriptor = open_below(root, entry.path, os.O_RDWR | os.O_NONBLOCK)
-            except OSError:
-                lost = True
-            else:
-                found = os.fstat(descriptor)
-                os.close(descriptor)
-                if found.st_ino == piece_map.inodes[file_index + 1] and found.st_size == entry.size_bytes:
-                    continue
-                lost = True
-        if lost:  # somebody worked in our folder: what is left of it is not worth trusting
-            raise FileNotFoundError(errno.ENOENT, "the part was changed", str(part))
-    finally:
-        os.close(root)
+            descriptor = below.open(entry.path, os.O_RDWR | os.O_NONBLOCK)
+            found = os.fstat(descriptor)
+            os.close(descriptor)
+            if found.st_ino != piece_map.inodes[file_index + 1] or found.st_size != entry.size_bytes:
+                raise FileNotFoundError(errno.ENOENT, "the part was changed", str(part))
 
 
 def _begin_writing_out(descriptor: int, offset: int, length: int) -> None:

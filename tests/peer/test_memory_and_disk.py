@@ -40,8 +40,9 @@ def cached_bytes(path: Path) -> int:
         max_size=8,
     )
 )
+@pytest.mark.parametrize("alone", [False, True])
 def test_any_stretch_lands_where_it_belongs(
-    tmp_path_factory: pytest.TempPathFactory, writes: list[tuple[int, int, int]]
+    tmp_path_factory: pytest.TempPathFactory, alone: bool, writes: list[tuple[int, int, int]]
 ) -> None:
     """Whatever the alignment in memory and in the file, against a bytearray."""
     path = tmp_path_factory.mktemp("direct") / "part"
@@ -50,7 +51,7 @@ def test_any_stretch_lands_where_it_belongs(
     writer = DirectWriter()
     buffer = aligned_buffer(220_000)
     ordinary = os.open(path, os.O_RDWR)
-    past = writer.opened(ordinary)
+    past = ordinary if alone else writer.opened(ordinary)
     try:
         for number, (offset, length, skip) in enumerate(writes):
             length = min(length, FILE_BYTES - offset)
@@ -62,7 +63,7 @@ def test_any_stretch_lands_where_it_belongs(
         assert path.stat().st_size == FILE_BYTES
     finally:
         os.close(ordinary)
-        if past >= 0:
+        if past >= 0 and past != ordinary:
             os.close(past)
 
 
