@@ -156,6 +156,14 @@ class NamespaceRig(Rig):
     def prefix(self, node_id: str) -> list[str]:
         return self._network.prefix(node_id)
 
+    def _places(self, node_id: str) -> list[str]:
+        """Users come by the links on the bridge's loopback, which the node's certificate must name."""
+        node = self.nodes[node_id]
+        return [
+            "--http", f"127.0.0.1:{self._user_ports[node_id]}", "--http-listen", f"{node.host}:{node.http}",
+            "--raft", f"{node.host}:{node.raft}", "--data-dir", str(node.folder),
+        ]  # fmt: skip
+
     def way(self, a: str, b: str) -> Way:
         return PacketWay(self._network, a, b)
 

@@ -85,6 +85,7 @@ class Rig:
         self._tasks: set[asyncio.Task[None]] = set()
         self._generation = 0
         self._mounts: list[Path] = []
+        self._seen = ""  # of what is waited for
 
     def host(self, node_id: str) -> str:
         return "127.0.0.1"
@@ -523,10 +524,12 @@ class Rig:
     async def _all_voting(self) -> bool:
         api = self.api()
         try:
-            reply = await api.call(self.node_ids[0], "GET", "/v1/status", seconds=1)
+            reply = await api.call(self.node_ids[0], "GET", "/v1/status", seconds=3)
+            self._seen = f"{reply.end} {reply.status} {reply.code}"
             if reply.end != "ok" or not reply.body["quorum"]:
                 return False
             roles = {n["id"]: n["role"] for n in reply.body["nodes"]}
+            self._seen += f" {roles}"
             return set(roles) == set(self.node_ids) and set(roles.values()) <= {"leader", "follower"}
         finally:
             await api.close()
@@ -543,7 +546,9 @@ class Rig:
             if time.monotonic() > until:
                 if quietly:
                     return
-                raise TimeoutError(f"{what}: not within {seconds:.0f} s")
+                raise TimeoutError(
+                    f"{what}: not within {seconds:.0f} s; seen last: {self._seen or 'nothing'}"
+                )
             await asyncio.sleep(0.03)
 
     async def _cli(self, *words: str) -> str:
