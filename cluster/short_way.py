@@ -2,7 +2,7 @@
 
 Peers announce every few seconds, so this is what a tracker is asked most, and what it costs decides how many
 peers a node carries. On aiohttp's way a request is parsed into headers, a reader, a writer, two tasks and their
-wake-ups before anything of ours runs, and that is two thirds of what an announce call costs.
+wake-ups before anything of ours runs; without them an announce call costs a third less.
 
 Owned here: connections that recognise a plain announce call when it arrives in one piece, and answer it from the
 same turn of the loop that applied it. Everything else goes aiohttp's way, byte for byte: other routes, heads with a
