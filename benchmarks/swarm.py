@@ -28,6 +28,7 @@ from benchmarks import hosts, results
 from benchmarks.contenders.aria2 import Aria2, Aria2Metalink
 from benchmarks.contenders.bittorrent import Libtorrent
 from benchmarks.contenders.contender import Contender, Distance, Run, Work
+from benchmarks.contenders.limit import Limit
 from benchmarks.contenders.one_by_one import CurlOneByOne, RsyncOneByOne, TrimaranOneByOne
 from benchmarks.contenders.rsync import Rsync
 from benchmarks.contenders.trimaran import Trimaran, TrimaranBlake3, TrimaranTls
@@ -85,7 +86,7 @@ _UNEQUAL = [2_000_000, 8_000_000, 32_000_000]
 
 SCENARIOS = (
     Scenario("one-to-one", "1 GiB, CPU-bound, loopback", 1024 * MIB, loopback(1),
-             (Trimaran, TrimaranBlake3, TrimaranTls, Libtorrent, Aria2, Aria2Metalink, Curl)),
+             (Trimaran, TrimaranBlake3, TrimaranTls, Libtorrent, Aria2, Aria2Metalink, Curl, Limit)),
     Scenario("one-to-eight", "256 MiB to eight, CPU-bound, loopback", 256 * MIB, loopback(8),
              (Trimaran, TrimaranBlake3, Libtorrent, Aria2)),
     Scenario("one-to-eight-limited", "128 MiB to eight, 20 MB/s of upload each", 128 * MIB, _EIGHT,
