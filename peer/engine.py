@@ -74,7 +74,8 @@ class Engine:
         self.access = Access()
         cores = os.cpu_count() or 1
         self.cores = cores
-        self.pieces = ThreadPoolExecutor(max(2, cores), thread_name_prefix="pieces")
+        # Two more than processors: some wait for the disk.
+        self.pieces = ThreadPoolExecutor(cores + 2, thread_name_prefix="pieces")
         self.long = ThreadPoolExecutor(cores + 2, thread_name_prefix="long")
         self.pool = BufferPool(settings.memory_bytes)
         self.recent = RecentPieces(self.pool)

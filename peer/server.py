@@ -41,6 +41,7 @@ QUEUE_SECONDS_MAX: Final = 8.0
 HANDSHAKE_SECONDS: Final = 10.0
 SILENT_SECONDS_MAX: Final = 30.0  # a connection's first request must be whole by then
 BODY_SECONDS_MAX: Final = 10.0
+LOOKED_AT_FIRST_MAX: Final = 4  # files
 KEPT_SECONDS: Final = 90.0  # a connection that asks for nothing more
 _PATH: Final = re.compile(r"/v1/swarms/([0-9a-f]{64})/([a-z]+)(?:/([0-9]{1,8}))?")
 _RANGE: Final = re.compile(r"bytes=(\d{1,12})-(\d{1,12})?")
@@ -384,9 +385,10 @@ class PieceServer:
                 swarm.choice.failed(claims.peer_id, index)
 
     def _check_first(self, swarm: Swarm, spans: list[tuple[int, int, int]]) -> None:
-        """Look at the source before the head promises anything: then the answer can still be 410."""
+        """Look at the source before the head promises anything: then the answer can still be 410. Of a piece of many
+        files, the first few: what is wrong with the others ends the connection when their turn comes."""
         try:
-            self._sender.look(swarm.content, spans)
+            self._sender.look(swarm.content, spans[:LOOKED_AT_FIRST_MAX])
         except SourceGoneError as gone:
             self._withdraw(swarm, str(gone))
             raise _Refusal(
