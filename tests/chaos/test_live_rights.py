@@ -16,13 +16,15 @@ import pytest
 import pytest_asyncio
 from liar import Liar
 
-from chaos_tests.people import PASSWORD, Person, until
+from chaos_tests.people import PASSWORD, until
 from chaos_tests.revocation import GROUP, SOURCE, Place, place, trial
 from cluster.api import types as t
 from cluster.api.client import TrackerClient
 from cluster.api.errors import TrackerError
 from cluster.api.types import WatchMessage
 from peer.manifest import Manifest
+from peer.reports import PeerSettings
+from peer.session import open_session
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 MOVE_ON_SECONDS = 1.0
@@ -180,11 +182,24 @@ async def test_one_liar_cannot_quarantine_and_several_members_can(at: Place) -> 
     await liar.start()
 
     async def fall_for_it(number: int) -> None:
-        victim = Person(f"victim-{number}", at.rig.folder / "peers", at.rig.direct(), at.ca)
-        await victim.join(GROUP, at.seeder)
-        folder = at.rig.folder / victim.name
-        report = await victim.ok("get", f"{GROUP}/{SOURCE}", "-o", str(folder), seconds=120)
-        assert report["verified"]
+        """A member that gets the file, and ends; in this process, which saves the starts of four."""
+        name = f"victim-{number}"
+        folder = at.rig.folder / name
+        trackers = tuple(at.rig.direct())
+        settings = PeerSettings(home=folder / "home", trackers=trackers, ca=at.ca, listen="127.0.0.1:0")
+        session = await open_session(settings)
+        try:
+            await session.register(name, PASSWORD)
+            await session.login(name, PASSWORD)
+            async with TrackerClient(trackers, ca=at.ca) as client:
+                await client.as_session((await client.login(name, PASSWORD)).session).request_join(GROUP)
+            await owner.put_member(GROUP, name, "accept")
+            report = await session.get(
+                GROUP, SOURCE, folder, down_bytes_per_second=0, checksum=False, on_progress=lambda _: None
+            )
+        finally:
+            await session.close()
+        assert report.verified
         assert (folder / SOURCE).read_bytes() == at.source.read_bytes()
 
     try:
