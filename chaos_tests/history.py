@@ -116,7 +116,7 @@ class Life(msgspec.Struct, kw_only=True):
 
 class Load(msgspec.Struct, kw_only=True):
     """How busy the machine itself was: runnable processes (as the kernel averages them over a minute), and by
-    how much a nap of 50 ms overslept in the rig."""
+    how much a nap overslept in the rig."""
 
     at_ns: int
     runnable: float

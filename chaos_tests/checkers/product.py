@@ -8,6 +8,7 @@ from pathlib import Path
 
 from chaos_tests.checkers.verdict import Verdict, held, violated
 from chaos_tests.history import History, Life, Load, Operation, Presence, Transfer
+from chaos_tests.load import NAP_SECONDS
 
 DEADLINE_SLACK_SECONDS = 1.0
 READING_GAP_SECONDS = 3.0
@@ -123,7 +124,10 @@ def check_deadlines(operations: list[Operation], loads: Sequence[Load] = ()) -> 
             f"{late_ns / 1e9:.1f} s after its deadline"
         )
         slept = sum(
-            load.late_seconds for load in loads if operation.call_ns <= load.at_ns <= operation.end_ns
+            load.late_seconds
+            for load in loads
+            if load.at_ns <= operation.end_ns
+            and load.at_ns + (NAP_SECONDS + load.late_seconds) * 1e9 >= operation.call_ns
         )
         if slept * 1e9 < late_ns - DEADLINE_SLACK_SECONDS * 1e9:
             return violated(name, len(operations), told, operation.call_ns, [operation.id])

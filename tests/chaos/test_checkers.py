@@ -200,6 +200,9 @@ def test_waiting_past_the_deadline_while_the_rig_itself_overslept() -> None:
     naps = [h.Load(at_ns=at * S, runnable=20.0, late_seconds=1.5) for at in (2, 4, 30)]
     assert result(product.check_deadlines([op(0, "read", 0, 8.5)], naps)) == "unknown"
     assert result(product.check_deadlines([op(0, "read", 0, 10)], naps)) == "violated"
+    before = [h.Load(at_ns=int(9.8 * S), runnable=20.0, late_seconds=3.0)]  # and stood still until 13.3
+    assert result(product.check_deadlines([op(0, "read", 10, 18)], before)) == "unknown"
+    assert result(product.check_deadlines([op(0, "read", 14, 22)], before)) == "violated"
 
 
 def test_waiting_past_the_deadline() -> None:
