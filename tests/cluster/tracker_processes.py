@@ -22,8 +22,10 @@ DEADLINE_SECONDS = 30.0
 
 
 def free_base_port(nodes: int) -> int:
-    """A base so that HTTP and Raft ports of all nodes are free now."""
-    for base in range(20_000 + os.getpid() % 5_000, 60_000, 211):
+    """A base so that HTTP and Raft ports of all nodes are free now. Test processes beside each other, whose ids are
+    neighbours, look in places of their own: what is free now may be another's in a moment."""
+    apart = os.getpid() % 12 * 8 + os.getpid() // 12 % 24 * 200  # Raft ports are a hundred above
+    for base in range(20_000 + apart, 60_000, 4_800):
         ports = [base + i for i in range(nodes)] + [base + 100 + i for i in range(nodes)]
         with suppress(OSError):
             for port in ports:
