@@ -290,7 +290,7 @@ class Rig:
 
     async def replace(self, node_id: str) -> None:
         """What an operator does with a node whose folder is gone or damaged: remove it, empty the folder,
-        invite it as a new one."""
+        invite it as a new one, and see that it counts before anything else is done."""
         node = self.nodes[node_id]
         await self.kill(node_id)
         self._generation += 1
@@ -300,6 +300,7 @@ class Rig:
         await self.remove(node_id)
         await self._retried(lambda: self._join(helper, node_id))
         await self.start(node_id)
+        await self._until(self._all_voting, START_SECONDS, f"{node_id} counts again")
 
     async def remove(self, node_id: str, through: str = "") -> None:
         """Take a node out of the cluster, as its operator, through any other node (or the one named)."""
