@@ -183,6 +183,7 @@ KINDS: dict[str, Act] = {
     "peer's source damaged": source_damaged,
     "flash crowd": flash_crowd,
 }
+FETCHING = ("peer's source damaged", "flash crowd")  # the peer gets a file, and a liar in quarantine cannot
 PLAIN = ("peer killed", "peer paused", "peer's connections reset")
 
 
@@ -194,7 +195,9 @@ async def hurt(swarm: Swarm, kinds: list[str], until_ns: int) -> None:
         await asyncio.sleep(chance.uniform(2, 6))
         kind = order.pop() if order else chance.choice(kinds)
         small = [peer for peer in swarm.peers.values() if peer.small_disk]
-        peer = small[0] if kind == "peer's disk full" else chance.choice(list(swarm.peers.values()))
+        honest = [peer for peer in swarm.peers.values() if not peer.lies]
+        others = honest if kind in FETCHING else list(swarm.peers.values())
+        peer = small[0] if kind == "peer's disk full" else chance.choice(others)
         running = Running(target=peer.name)
         begin = swarm.recorder.now_ns()
         try:

@@ -276,7 +276,8 @@ class Swarm:
                     self.download(peer, name, 600)
                     for name in own
                     for peer in self.peers.values()
-                    if peer.name not in self.files[name].seeders
+                    # Who lies comes into quarantine, where nobody serves it.
+                    if peer.name not in self.files[name].seeders and not peer.lies
                 )
             )
             if self.recorder.now_ns() > until_ns:
