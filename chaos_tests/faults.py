@@ -316,15 +316,22 @@ async def flipped_bit(rig: Rig, chance: random.Random, running: Running) -> None
     """Damage in the middle of a journal: the node must refuse to start, and come back as a new one."""
     node = chance.choice(rig.node_ids[1:])  # the first keeps the CA, without which nobody is invited
     running.target = node
-    await rig.kill(node)
-    damaged = rig.flip_bit(node, chance)
+    damaged = False
+    for _ in range(3):  # the log may be compacted away just then
+        until = rig.recorder.now_ns() + 10_000_000_000
+        async with growing(rig, rig.node_ids):
+            while not rig.can_flip(node) and rig.recorder.now_ns() < until:
+                await asyncio.sleep(0.1)
+        await rig.kill(node)
+        damaged = rig.flip_bit(node, chance)
+        if damaged:
+            break
+        await rig.start(node)
     refused = damaged and await rig.refuses_to_start(node)
     running.bit = refused
     running.detail = "refused to start" if refused else "no segment was old enough to damage"
     if damaged:
         await rig.replace(node)
-    else:
-        await rig.start(node)
 
 
 async def missing_folder(rig: Rig, chance: random.Random, running: Running) -> None:

@@ -36,6 +36,7 @@ from chaos_tests.ways import Way
 START_SECONDS = 60.0
 CLI = [sys.executable, "-m", "trimaran"]
 SMALL_DISK_BYTES = 96 << 20
+FLIP_BYTES_MIN = 8192
 
 
 class Node:
@@ -383,11 +384,14 @@ class Rig:
             file.write(chance.randbytes(chance.randint(1, 200)))
         return True
 
+    def can_flip(self, node_id: str) -> bool:
+        return any(segment.stat().st_size > FLIP_BYTES_MIN for segment in self._segments(node_id))
+
     def flip_bit(self, node_id: str, chance: random.Random) -> bool:
         """Damage well before the end, so that it cannot be taken for a torn tail."""
         for segment in self._segments(node_id):
             size = segment.stat().st_size
-            if size > 8192:
+            if size > FLIP_BYTES_MIN:
                 place = chance.randrange(4096, size // 2 + 1024)
                 with segment.open("r+b") as file:
                     file.seek(place)
