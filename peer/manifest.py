@@ -47,7 +47,7 @@ SIZE_BYTES_MAX: Final = min(PIECES_MAX * PIECE_BYTES_MOST, limits.FILE_SIZE_BYTE
 # less per byte (data plane's measurements, docs/decisions). Above 512 GiB the number of pieces is held at
 # 65,537 to 131,072: 1 TiB has 131,072 pieces of 8 MiB and a manifest of 4 MiB; 32 TiB one of 32 MiB.
 _STEPS: Final = (
-    (64 * MIB, 256 * KIB),
+    (128 * MIB, 256 * KIB),
     (256 * MIB - 1, 512 * KIB),
     (512 * MIB - 1, 1 * MIB),
     (1 * GIB - 1, 2 * MIB),

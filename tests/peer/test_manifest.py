@@ -48,8 +48,8 @@ def forged(**changes: object) -> bytes:
     [
         (0, 256 * KIB),
         (32 * MIB, 256 * KIB),
-        (64 * MIB, 256 * KIB),
-        (64 * MIB + 1, 512 * KIB),
+        (128 * MIB, 256 * KIB),
+        (128 * MIB + 1, 512 * KIB),
         (256 * MIB, 1 * MIB),
         (512 * MIB, 2 * MIB),
         (1 * GIB, 4 * MIB),
