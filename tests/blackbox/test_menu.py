@@ -192,6 +192,24 @@ def test_ctrl_c_leaves_the_menu(cluster: Cluster, terminal: Callable[..., Termin
     assert "Traceback" not in menu.seen
 
 
+def test_ctrl_c_leaves_the_question_for_a_password(
+    cluster: Cluster, terminal: Callable[..., Terminal], tmp_path: Path
+) -> None:
+    home = cluster.options | {"TRIMARAN_HOME": str(tmp_path / "home")}
+    asked: Terminal = terminal(home, "login", "asked-ana")
+    asked.expect("Password:")
+    asked.press_ctrl_c()
+    assert asked.exit_code() == 130
+    told: Terminal = terminal(home, "register", "asked-ana")
+    told.expect("Password:")
+    told.type("half of")
+    told.expect("The same again:")
+    assert "half of" not in told.seen
+    os.kill(told.pid, signal.SIGTERM)
+    assert told.exit_code() == 130
+    assert "Traceback" not in asked.seen + told.seen
+
+
 def test_a_closed_terminal_leaves_nothing_behind(
     cluster: Cluster, terminal: Callable[..., Terminal], tmp_path: Path
 ) -> None:

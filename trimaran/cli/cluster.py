@@ -231,7 +231,7 @@ async def reset_password(
 
     It is asked for, or taken from TRIMARAN_NEW_PASSWORD, or from the first line of stdin with --password-stdin.
     """
-    new = new_password(password_stdin)
+    new = await new_password(password_stdin)
     async with as_operator(common, operator) as client:
         done = await client.reset_password(user, new)
     Output.of(common).answer(

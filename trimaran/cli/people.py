@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import os
 import sys
 from typing import Annotated
@@ -13,6 +12,7 @@ from cluster.api.types import PASSWORD_CHARS_MIN
 from peer.reports import TrimaranError, WhoReport
 from trimaran.output import Output
 from trimaran.settings import DEFAULTS, Common, a_name, remember_trackers, usage
+from trimaran.terminal import secret
 from trimaran.wiring import peer_session, sign_in
 
 User = Annotated[str, Parameter(help="The user's name.", validator=a_name)]
@@ -32,7 +32,7 @@ async def register(
     The password is asked for, or taken from TRIMARAN_PASSWORD or --password-stdin; it is never an argument.
     """
     async with peer_session(common) as session:
-        password = _new(_password(password_stdin, twice=True))
+        password = _new(await _password(password_stdin, twice=True))
         await session.register(user, password, invitation)
         try:
             who = await session.login(user, password)
@@ -50,7 +50,7 @@ async def register(
 async def login(user: User, /, *, password_stdin: PasswordStdin = False, common: Common = DEFAULTS) -> None:
     """Sign in on this peer. What it shared before, it shares again."""
     async with peer_session(common) as session:
-        password = _password(password_stdin)
+        password = await _password(password_stdin)
         _welcome(common, await session.login(user, password), "Signed in")
 
 
@@ -76,15 +76,17 @@ async def passwd(*, password_stdin: PasswordStdin = False, common: Common = DEFA
     """
     async with peer_session(common) as session:
         sign_in(common)  # who is not signed in need not type
-        password = _password(password_stdin, prompt="Present password: ")
-        new = new_password(password_stdin)
+        password = await _password(password_stdin, prompt="Present password: ")
+        new = await new_password(password_stdin)
         revision = await session.change_password(password, new)
     Output.of(common).answer({"revision": revision}, "The password is changed.")
 
 
-def new_password(from_stdin: bool) -> str:
+async def new_password(from_stdin: bool) -> str:
     """As the present one is taken, but typed twice. Raises `TrimaranError`."""
-    return _new(_password(from_stdin, variable="TRIMARAN_NEW_PASSWORD", prompt="New password: ", twice=True))
+    return _new(
+        await _password(from_stdin, variable="TRIMARAN_NEW_PASSWORD", prompt="New password: ", twice=True)
+    )
 
 
 def _new(password: str) -> str:
@@ -103,7 +105,7 @@ def _welcome(common: Common, who: WhoReport, what: str) -> None:
     out.answer(who, f"{what} as {who.user}; this is peer {who.peer_id}.")
 
 
-def _password(
+async def _password(
     from_stdin: bool, *, variable: str = "TRIMARAN_PASSWORD", prompt: str = "Password: ", twice: bool = False
 ) -> str:
     """From stdin, the environment, or a prompt, in that order. Raises `TrimaranError`."""
@@ -116,7 +118,10 @@ def _password(
         return given
     if not sys.stdin.isatty():
         usage("There is no terminal to ask for the password.", f"Set {variable}, or use --password-stdin.")
-    password = getpass.getpass(prompt)
-    if twice and getpass.getpass("The same again: ") != password:
-        usage("The two passwords differ.", "Try again.")
+    try:
+        password = await secret(prompt)
+        if twice and await secret("The same again: ") != password:
+            usage("The two passwords differ.", "Try again.")
+    except EOFError:
+        usage("No password was typed.", "Nothing was done. Type it, or use --password-stdin.")
     return password

@@ -9,17 +9,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 from rich.console import Console
 from rich.prompt import Confirm, Prompt
-from rich.text import Text
+from rich.text import Text, TextType
 
 from cluster.api.errors import TrackerError
 from peer.reports import TrimaranError
 from peer.trouble import of_tracker
 from trimaran.output import Output, counted, harmless, sized
 from trimaran.settings import common_of_environment
+from trimaran.terminal import line
 from trimaran.wiring import SignedIn, peer_session, signed_in
 
 T = TypeVar("T")
@@ -29,6 +30,25 @@ class BackError(Exception):
     """The person changed their mind."""
 
 
+class _Typed:
+    """What is typed comes by `line`, where no Ctrl-C is lost."""
+
+    @classmethod
+    def get_input(
+        cls, console: Console, prompt: TextType, password: bool, stream: TextIO | None = None
+    ) -> str:
+        console.print(prompt, end="")
+        return line()
+
+
+class _Prompt(_Typed, Prompt):
+    pass
+
+
+class _Confirm(_Typed, Confirm):
+    pass
+
+
 def base_name(path: str) -> str:
     return Path(path).expanduser().absolute().name
 
@@ -36,7 +56,7 @@ def base_name(path: str) -> str:
 def choice(console: Console, question: str, count: int) -> int | None:
     """A number from 1 to `count`, or None to leave."""
     while True:
-        answer = Prompt.ask(question, console=console, default="", show_default=False).strip().lower()
+        answer = _Prompt.ask(question, console=console, default="", show_default=False).strip().lower()
         if answer in ("q", "quit", "exit"):
             return None
         if answer.isdecimal() and 1 <= int(answer) <= count:
@@ -51,7 +71,7 @@ class Asker:
         self._console = console
 
     def text(self, question: str, default: str | None = None) -> str:
-        answer = Prompt.ask(
+        answer = _Prompt.ask(
             Text(question),
             console=self._console,
             default=default if default is not None else "",
@@ -62,7 +82,7 @@ class Asker:
         return answer
 
     def yes(self, question: str) -> bool:
-        return Confirm.ask(Text(harmless(question)), console=self._console, default=False)
+        return _Confirm.ask(Text(harmless(question)), console=self._console, default=False)
 
     def path(self, question: str) -> str:
         while True:

@@ -207,12 +207,14 @@ def run(dispatch: Dispatch) -> int:
 
 @contextmanager
 def _ended_tidily() -> Iterator[None]:
-    """A closed terminal or SIGTERM leaves the menu as `q` does, so that nothing stays behind."""
+    """A closed terminal or SIGTERM leaves the menu as `q` does, so that nothing stays behind; a Ctrl-C is heard even
+    if who started us ignores it."""
 
     def leave(_number: int, _frame: FrameType | None) -> None:
         raise SystemExit(0)
 
-    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    ways = {signal.SIGTERM: leave, signal.SIGHUP: leave, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in ways.items()}
     try:
         yield
     finally:
