@@ -1,9 +1,9 @@
-"""Ports for trackers and peers that the rig starts, stops and starts again.
+"""Ports for trackers and peers that the rig and the tests start, stop and start again.
 
 A port is chosen long before its process listens, and must be free again at every restart. So they are below the
-ephemeral range, where no outgoing connection takes them, apart from where the product's tests and the demo look, and each is
-reserved for as long as this process lives: by an abstract Unix socket of its name, which the kernel lets go of
-whatever happens. Two rigs that merely looked whether a port was free would choose the same ones.
+ephemeral range, where no outgoing connection takes them, apart from where the demo looks, and each is reserved for as
+long as this process lives: by an abstract Unix socket of its name, which the kernel lets go of whatever happens.
+Two processes that merely looked whether a port was free would choose the same ones.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import itertools
 import os
 import random
 import socket
+
+from cluster.local import RAFT_PORT_OFFSET
 
 FIRST, LAST = 10_000, 16_800
 
@@ -28,6 +30,19 @@ def free_ports(count: int) -> list[int]:
             if len(found) == count:
                 return found
     raise OSError(f"no {count} free ports between {FIRST} and {LAST}")
+
+
+def free_base_port(nodes: int) -> int:
+    """As `free_ports`, for trackers that `prepare` numbers: HTTP on it and the next ones, Raft 100 above."""
+    for base in itertools.islice(_candidates, LAST - FIRST):
+        ports = [base + node + apart for apart in (0, RAFT_PORT_OFFSET) for node in range(nodes)]
+        if ports[-1] < LAST and all(_is_free(port) for port in ports):
+            reserved = len(_reserved)
+            if all(_reserve(port) for port in ports):
+                return base
+            while len(_reserved) > reserved:
+                _reserved.pop().close()
+    raise OSError(f"no free ports for {nodes} trackers between {FIRST} and {LAST}")
 
 
 def _is_free(port: int) -> bool:

@@ -8,17 +8,18 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from warm import run_warm
+
+from chaos_tests.ports import free_base_port
 
 COMMAND = str(Path(sys.executable).with_name("trimaran"))
 PASSWORD = "correct horse battery"
@@ -194,21 +195,9 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = 30.0) -> 
         time.sleep(0.1)
 
 
-def free_base_port() -> int:
-    start = 25_000 + os.getpid() * 10 % 5_000
-    for base in [*range(start, 31_000, 10), *range(20_000, start, 10)]:
-        with suppress(OSError):
-            for port in (base, base + 1, base + 2, base + 100, base + 101, base + 102):
-                with socket.socket() as attempt:
-                    attempt.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                    attempt.bind(("127.0.0.1", port))
-            return base
-    raise AssertionError("no free ports")
-
-
 @contextmanager
 def running_cluster(folder: Path) -> Iterator[Cluster]:
-    cluster = Cluster(folder / "trackers", free_base_port())
+    cluster = Cluster(folder / "trackers", free_base_port(3))
     cluster.start()
     try:
         yield cluster

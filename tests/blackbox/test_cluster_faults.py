@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from rig import Cluster, Person, Process, free_base_port, run, running_cluster, wait_for
+from rig import Cluster, Person, Process, run, running_cluster, wait_for
+
+from chaos_tests.ports import free_base_port
 
 
 @pytest.fixture
@@ -51,7 +53,7 @@ def test_the_leader_dies_then_all_and_nothing_acknowledged_is_lost(fresh: Cluste
 
 
 def test_a_node_joins_by_invite_and_leaves(tmp_path: Path) -> None:
-    port = free_base_port()
+    port = free_base_port(3)
     first, second = tmp_path / "one", tmp_path / "two"
     home = {"TRIMARAN_HOME": str(tmp_path / "home")}
     made = run(

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import orjson
 import pytest
-from tracker_processes import DEADLINE_SECONDS, Trackers, free_base_port, until
+from tracker_processes import DEADLINE_SECONDS, Trackers, until
 
+from chaos_tests.ports import free_base_port
 from cluster.api.client import TrackerClient
 from cluster.api.errors import ApiProblem, TrackerError
 from cluster.authority import AuthorityError

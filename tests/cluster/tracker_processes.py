@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 
+from chaos_tests.ports import free_base_port
 from cluster.api.client import TrackerClient
 from cluster.api.errors import TrackerError
 from cluster.api.types import StatusAnswer
@@ -19,20 +18,6 @@ from cluster.config import NodeConfig
 from cluster.local import prepare
 
 DEADLINE_SECONDS = 30.0
-
-
-def free_base_port(nodes: int) -> int:
-    """A base so that HTTP and Raft ports of all nodes are free now. Test processes beside each other, whose ids are
-    neighbours, look in places of their own: what is free now may be another's in a moment."""
-    apart = os.getpid() % 12 * 8 + os.getpid() // 12 % 24 * 200  # Raft ports are a hundred above
-    for base in range(20_000 + apart, 60_000, 4_800):
-        ports = [base + i for i in range(nodes)] + [base + 100 + i for i in range(nodes)]
-        with suppress(OSError):
-            for port in ports:
-                with socket.create_server(("127.0.0.1", port)):
-                    pass
-            return base
-    raise AssertionError("no free ports")
 
 
 async def until(

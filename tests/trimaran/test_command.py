@@ -17,6 +17,7 @@ from pathlib import Path
 import orjson
 import pytest
 
+from chaos_tests.ports import free_base_port
 from peer.reports import Exit, TrimaranError
 from peer.trouble import sentence
 from trimaran.cli import main as front
@@ -313,9 +314,7 @@ def test_the_command_begins_quickly(tmp_path: Path) -> None:
 
 def test_sigterm_ends_a_cluster_tidily_whatever_is_sent_twice(tmp_path: Path) -> None:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("TRIMARAN_")}
-    from trimaran.processes import free_base_port
-
-    port = free_base_port(23_000 + os.getpid() % 700 * 10)
+    port = free_base_port(1)
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "trimaran", "tracker", "local", "--nodes", "1", "--json"),
@@ -342,9 +341,7 @@ def test_sigterm_ends_a_cluster_tidily_whatever_is_sent_twice(tmp_path: Path) ->
 
 def test_in_the_background_of_a_script_it_can_be_interrupted(tmp_path: Path) -> None:
     """A shell without job control starts `command &` with SIGINT ignored; `kill -INT` must end it all the same."""
-    from trimaran.processes import free_base_port
-
-    port = free_base_port(23_000 + os.getpid() % 700 * 10)
+    port = free_base_port(1)
     local = f"-m trimaran tracker local --nodes 1 --data-dir '{tmp_path}/c' --base-port {port} --json"
     script = f"'{sys.executable}' {local} & wait $!; echo ended $?"
     shell = subprocess.Popen(
