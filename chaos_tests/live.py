@@ -29,9 +29,10 @@ import orjson
 
 from benchmarks import hosts
 from benchmarks.hosts import LOOPBACK, Host
-from benchmarks.processes import Process, free_ports
+from benchmarks.processes import Process
 from chaos_tests import ending
 from chaos_tests.people import Person, until
+from chaos_tests.ports import free_base_port
 from peer import control
 from peer.reports import PsRow, TrimaranError
 
@@ -75,7 +76,7 @@ class Scene:
         self.folder, self.place = folder, place
         self.people: list[Person] = []
         self.source = folder / NAME
-        (port, *_rest) = free_ports(1)
+        port = free_base_port(3)
         words = [sys.executable, "-m", "benchmarks.trackers", str(folder / "trackers"), place.tracker.address]
         self._trackers = Process([*words, str(port)], folder / "trackers.log", prefix=place.tracker.prefix)
         self._urls: list[str] = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 from memory_consensus import MemoryCluster
 from trackers import until
 
+from chaos_tests.ports import free_ports
 from cluster.consensus import Applied, BarrierError, Consensus, NodeInfo, Refusal, Rejected, Unknown
 from cluster.raft.node import open_node
 from cluster.raft.settings import RaftSettings
@@ -34,16 +34,10 @@ class Cluster:
         return next(number for number, node in enumerate(self.nodes) if node.is_leader())
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def _real(folder: Path, machines: list[StateMachine]) -> list[Consensus]:
     infos = tuple(
-        NodeInfo(f"n{number}", f"127.0.0.1:{_free_port()}", f"http://127.0.0.1:{number}", "")
-        for number in range(1, 4)
+        NodeInfo(f"n{number}", f"127.0.0.1:{port}", f"http://127.0.0.1:{number}", "")
+        for number, port in enumerate(free_ports(3), 1)
     )
     return [
         open_node(

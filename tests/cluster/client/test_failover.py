@@ -22,17 +22,12 @@ from small_trackers import (
     problem,
 )
 
+from chaos_tests.ports import free_ports
 from cluster.api.errors import ApiProblem, TrackerError, Unavailable, UnknownOutcome
 from cluster.api.idempotency import new_key
 
 SOON_SECONDS = 1.5
 """The product's bound is 1 s; the rest is for a machine that runs other tests at the same time."""
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Unanswering:
@@ -70,7 +65,7 @@ async def test_a_dead_and_a_frozen_tracker_cost_less_than_a_second(
 ) -> None:
     good = await tracker(done)
     with Unanswering() as frozen:
-        trackers = client(f"http://127.0.0.1:{free_port()}", frozen, good)
+        trackers = client(f"http://127.0.0.1:{free_ports(1)[0]}", frozen, good)
         begin = time.monotonic()
         await trackers.create_group("g")
         assert time.monotonic() - begin < SOON_SECONDS
@@ -117,7 +112,7 @@ async def test_a_refusal_is_final_and_asked_once(tracker: StartTracker, client: 
 
 
 async def test_nobody_there_is_definite(client: MakeClient) -> None:
-    trackers = client(f"http://127.0.0.1:{free_port()}", f"http://127.0.0.1:{free_port()}").within(1.0)
+    trackers = client(*(f"http://127.0.0.1:{port}" for port in free_ports(2))).within(1.0)
     begin = time.monotonic()
     with pytest.raises(Unavailable) as caught:
         await trackers.create_group("g")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import socket
 import ssl
 from collections.abc import Sequence
 from datetime import timedelta
@@ -15,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from chaos_tests.ports import free_ports
 from cluster import joining, tls
 from cluster.api import certificates as certs
 from cluster.api import types as t
@@ -217,9 +217,7 @@ class Joiner:
     def __init__(self, folder: Path, node_id: str) -> None:
         self.folder, self.node_id, self.key = folder, node_id, certs.new_key()
         folder.mkdir()
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = int(probe.getsockname()[1])
+        (self.port,) = free_ports(1)
 
     async def joins(self, authority: NodeAuthority) -> None:
         invite = await authority.invite_node(t.InviteBody(id=self.node_id, raft=f"127.0.0.1:{self.port}"))

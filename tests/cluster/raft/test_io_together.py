@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pysyncobj.pickle
 import pytest
 from test_transport import Credentials, until
 
+from chaos_tests.ports import free_ports
 from cluster import tls
 from cluster.consensus import Applied, NodeInfo, ProposalEnd, Refusal, Rejected
 from cluster.raft.node import RaftNode, open_node
@@ -69,8 +69,8 @@ class Cluster:
             node_id: Credentials(folder, authority, node_id) for node_id in ("n1", "n2", "n3")
         }
         self.infos = tuple(
-            NodeInfo(node_id, f"127.0.0.1:{free_port()}", "http://x", credentials.fingerprint)
-            for node_id, credentials in self.credentials.items()
+            NodeInfo(node_id, f"127.0.0.1:{port}", "http://x", credentials.fingerprint)
+            for port, (node_id, credentials) in zip(free_ports(3), self.credentials.items(), strict=True)
         )
         self.nodes: dict[str, RaftNode] = {}
         self.replicas: dict[str, Commands] = {}
@@ -121,13 +121,6 @@ class Cluster:
             return len({self.replicas[node_id].digest() for node_id in self.nodes}) == 1
 
         await until(equal, 20)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from chaos_tests.ports import free_ports
 from cluster import tls
 from cluster.api import certificates
 from cluster.consensus import ConsensusStartError, NodeInfo
@@ -469,7 +470,7 @@ async def test_a_killed_process_is_back_in_well_under_a_second(world: World, who
         assert process.stdout is not None
         return process, int(await asyncio.wait_for(process.stdout.readline(), 20))
 
-    process, port = await start(0)
+    process, port = await start(free_ports(1)[0])
     if who_dials == "wait":
         one.transport.dial(NodeInfo("n2", f"127.0.0.1:{port}", "http://x", credentials.fingerprint))
     try:
