@@ -14,9 +14,10 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 
 from chaos_tests.simulation import weather
+from chaos_tests.simulation.process import ViolationError
 from chaos_tests.simulation.rig import WITHOUT, Rig
 from chaos_tests.simulation.stock import CANARIES
-from chaos_tests.simulation.world import Result, ViolationError, World
+from chaos_tests.simulation.world import Result, World
 
 SETTLE_SECONDS = 20.0
 
@@ -35,12 +36,12 @@ def run(seed: int, seconds: float, rig: Rig | None = None) -> Result:
         weather.begin(world, kind, chance.choice(weather.PACES.get(kind, (0.15, 0.4, 1.0))))
         while world.clock.now < seconds:
             world.clock.run_until(world.clock.now + 0.5)
-            world.check_callers()
+            world.clients.check()
         weather.clear_up(world)
         peace = world.clock.now
         while world.clock.now < peace + SETTLE_SECONDS and not world.agreed():
             world.clock.run_until(world.clock.now + 0.25)
-            world.check_callers()
+            world.clients.check()
         world.check_end()
     except ViolationError:
         pass

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from chaos_tests.simulation.world import Process, World
+from chaos_tests.simulation.process import Process
+from chaos_tests.simulation.world import World
 
 SMALL: dict[str, Any] = {
     "segment_bytes": 3_000,

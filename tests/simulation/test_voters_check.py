@@ -5,9 +5,10 @@ from collections.abc import Callable
 import pytest
 
 from chaos_tests.simulation import weather
+from chaos_tests.simulation.process import Process
 from chaos_tests.simulation.rig import WITHOUT, Rig
 from chaos_tests.simulation.run import run
-from chaos_tests.simulation.world import Process, World
+from chaos_tests.simulation.world import World
 from cluster.raft.guard import Guard
 
 TOO_SOON = "a voter counts before it has caught up"
