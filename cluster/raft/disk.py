@@ -26,7 +26,7 @@ from cluster.raft.kill_points import FOLDER, KillPoints
 
 
 class DiskFullError(OSError):
-    """No room. Nothing acknowledged is lost; writing may go on when there is room again."""
+    """No room, or no descriptor for a new file. Nothing acknowledged is lost; writing may go on when there is room again."""
 
 
 class File(Protocol):
@@ -74,6 +74,8 @@ class Syncer(Protocol):
 
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+# A process out of descriptors cannot begin a file, which passes as a full disk does: nothing is lost by waiting.
+_NO_FILE = _FULL | {errno.EMFILE, errno.ENFILE}
 
 
 class FolderFile:
@@ -171,8 +173,8 @@ class FolderDisk:
         try:
             descriptor = self._open(name, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         except OSError as error:
-            if error.errno in _FULL:
-                raise DiskFullError(error.errno, "no room left", name) from error
+            if error.errno in _NO_FILE:
+                raise DiskFullError(error.errno, os.strerror(error.errno), name) from error
             raise
         self._kill.after(name, "create")
         return FolderFile(name, descriptor, self._kill)

@@ -182,6 +182,46 @@ async def test_a_journal_and_a_snapshot_on_the_real_disk(tmp_path: Path) -> None
         assert not fatal
 
 
+async def test_out_of_descriptors_a_new_segment_waits_for_one(tmp_path: Path) -> None:
+    loop = asyncio.get_running_loop()
+    disk = FolderDisk(tmp_path)
+    syncer = ThreadSyncer(loop.call_soon_threadsafe)
+    fatal: list[str] = []
+    full: asyncio.Queue[bool] = asyncio.Queue()
+    journal = Journal.open(
+        disk, AsyncioRuntime(syncer), identity=IDENTITY, create=True, segment_bytes=2000, on_fatal=fatal.append,
+        on_disk_full=full.put_nowait,
+    )  # fmt: skip
+    journal.setCurrentTerm(1, "n1")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = max(int(entry.name) for entry in Path("/proc/self/fd").iterdir())
+    taken: list[int] = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used + 1, limits[1]))
+        with pytest.raises(OSError, match="Too many open files"):
+            while True:
+                taken.append(os.open("/dev/null", os.O_RDONLY))
+        for index, size in ((1, 3000), (2, 10)):  # the second begins a new segment
+            journal.add(bytes(size), index, 1)
+            journal.flush()
+        assert await asyncio.wait_for(full.get(), 10) is True
+        with pytest.raises(DiskFullError):
+            journal.add(b"no", 3, 1)
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    journal.onOneSecondTimer()
+    assert await asyncio.wait_for(full.get(), 10) is False
+    synced: asyncio.Future[None] = loop.create_future()
+    journal.when_synced(journal.written, lambda: synced.set_result(None))
+    await asyncio.wait_for(synced, 10)
+    assert not fatal
+    journal.close()
+    await loop.run_in_executor(None, syncer.close)
+    disk.close()
+
+
 @pytest.fixture(scope="module")
 def processes() -> Iterator[ForkServerContext]:
     """Processes that need not import everything anew."""
