@@ -10,9 +10,12 @@ used from any thread, one at a time.
 
 from __future__ import annotations
 
+import errno
+import os
 import sqlite3
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,9 +72,11 @@ class Print(Struct, frozen=True, array_like=True):
 
 
 class Records:
-    """The open database. Raises `TrimaranError` when it cannot be read."""
+    """The open database. Raises `TrimaranError` when it cannot be read. What writes raises `OSError` (ENOSPC) when the
+    disk is full; nothing is then changed."""
 
     def __init__(self, file: Path) -> None:
+        self._file = file
         self._mutex = threading.Lock()
         try:
             self._database = sqlite3.connect(
@@ -109,7 +114,7 @@ class Records:
 
     def put_whole(self, record: Record, prints: Iterable[Print]) -> None:
         """A record that is complete, and what its files look like, in one transaction."""
-        with self._mutex, self._database:
+        with self._mutex, self._room(), self._database:
             self._database.execute("BEGIN")
             self._database.execute(_PUT_PRINTS, (record.path, record.manifest_id, _packed(prints)))
             self._database.execute(_PUT_RECORD, (*record.key, msgspec.msgpack.encode(record)))
@@ -171,8 +176,18 @@ class Records:
             return self._database.execute(sql, values).fetchall()
 
     def _write(self, sql: str, values: tuple[object, ...]) -> None:
-        with self._mutex:
+        with self._mutex, self._room():
             self._database.execute(sql, values)
+
+    @contextmanager
+    def _room(self) -> Iterator[None]:
+        """A full disk is told as any other write would tell it."""
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._file)) from error
+            raise
 
 
 def _packed(prints: Iterable[Print]) -> bytes:

@@ -185,6 +185,13 @@ class Sharing:
         self.records[record.key] = record
         await asyncio.to_thread(self._engine.records.put, record)
 
+    async def note(self, record: Record) -> None:
+        """As `keep`, of what would be found out again: a disk that is full then changes nothing."""
+        try:
+            await self.keep(record)
+        except OSError as error:
+            log.warning("not noted of %s/%s: %s", record.group, record.name, error.strerror or error)
+
     async def keep_whole(self, record: Record, prints: Sequence[Print]) -> None:
         """Remember a record that just became whole, and what its files look like."""
         self.records[record.key] = record
@@ -240,7 +247,7 @@ class Sharing:
         for record in list(self.records.values()):
             if record.manifest_id == swarm.manifest_id and record.state is State.COMPLETE:
                 engine.agent.release(record.key)
-                engine.later(self.keep(msgspec.structs.replace(record, state=state, reason=reason)))
+                engine.later(self.note(msgspec.structs.replace(record, state=state, reason=reason)))
                 self.records[record.key] = msgspec.structs.replace(record, state=state, reason=reason)
 
     # --- after a start --------------------------------------------------------------------------
@@ -271,7 +278,7 @@ class Sharing:
                 state = State.MISSING if reason.endswith("is gone") else State.CHANGED
         if (state, reason) != (record.state, record.reason):
             record = msgspec.structs.replace(record, state=state, reason=reason)
-            await self.keep(record)
+            await self.note(record)
         if state is State.COMPLETE and manifest is not None and known is not None:
             content = Content(Path(record.path), manifest.layout, known[1])
             self.offer(record, manifest, content)
@@ -332,7 +339,7 @@ class Sharing:
             if record.group == group:
                 self.release(record, reason)
                 lost = msgspec.structs.replace(record, state=State.WAITING, reason=reason)
-                self._engine.later(self.keep(lost))
+                self._engine.later(self.note(lost))
 
     def file_removed(self, group: str, name: str) -> None:
         for record in self.find(group, name):
@@ -344,7 +351,7 @@ class Sharing:
         if record is not None:
             self.release(record, reason)
             self._engine.later(
-                self.keep(
+                self.note(
                     msgspec.structs.replace(record, state=State.WAITING, reason=f"not offered: {reason}")
                 )
             )

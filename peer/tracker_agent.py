@@ -42,7 +42,7 @@ RETRY_SECONDS: Final = 0.5
 RETRY_SECONDS_MAX: Final = 10.0
 AWAY_SECONDS: Final = 3.0  # without a heartbeat
 CHECK_SECONDS: Final = 1.0
-KNOWN_SAVED_SECONDS: Final = 5.0
+SAVED_SECONDS: Final = 5.0  # between writes of what is kept for outages, and tries when there is no room
 SWARMS_ASKED_MAX: Final = 32  # of a group, once, so that an outage finds this peer prepared
 SWARMS_ASKED_EVERY_SECONDS: Final = 0.05
 
@@ -107,6 +107,7 @@ class TrackerAgent:
         self._facts: dict[FactKey, Held] = {}
         self._said: dict[FactKey, Held] = {}
         self._gone: set[FactKey] = set()
+        self._unsaved = False  # rights that found no room
         self._released: set[FactKey] = set()  # since the last announcement began
         self._whole = True
         self._dirty = asyncio.Event()
@@ -141,7 +142,7 @@ class TrackerAgent:
         for waiter in self._waiters:
             waiter.cancel()
         if self.known.changed:
-            await asyncio.to_thread(self._records.put_setting, *self.known.packed())
+            await self._keep(*self.known.packed())
         if leaving and not self._whole:
             with contextlib.suppress(TrackerError, TimeoutError):
                 async with asyncio.timeout(2.0):
@@ -164,8 +165,21 @@ class TrackerAgent:
         return kept
 
     def _save(self) -> None:
-        body = msgspec.msgpack.encode(self._kept)
-        self._later(asyncio.to_thread(self._records.put_setting, "rights", body))
+        self._unsaved = False
+        self._later(self._save_rights(msgspec.msgpack.encode(self._kept)))
+
+    async def _save_rights(self, body: bytes) -> None:
+        if not await self._keep("rights", body):
+            self._unsaved = True
+
+    async def _keep(self, name: str, body: bytes) -> bool:
+        """False when there is no room: it is for outages, and work goes on without."""
+        try:
+            await asyncio.to_thread(self._records.put_setting, name, body)
+        except OSError as error:
+            log.warning("not kept for an outage: %s", error.strerror or error)
+            return False
+        return True
 
     def _later(self, work: Any) -> None:
         task = asyncio.ensure_future(work)
@@ -333,7 +347,7 @@ class TrackerAgent:
         await asyncio.to_thread(self._identity.certify, answer.certificate_pem)
 
     async def _renewing(self) -> None:
-        certify_at = known_saved_at = 0.0
+        certify_at = saved_at = 0.0
         while True:
             await asyncio.sleep(CHECK_SECONDS * random.uniform(0.7, 1.3))  # noqa: S311 - jitter
             for group in list(self._groups):
@@ -349,9 +363,12 @@ class TrackerAgent:
                 certify_at = now + 60.0
                 self._later(self._try_certify())
             self._events.rights_changed()  # tokens of others end by themselves, too
-            if self.known.changed and now >= known_saved_at:
-                known_saved_at = now + KNOWN_SAVED_SECONDS
-                await asyncio.to_thread(self._records.put_setting, *self.known.packed())
+            if now >= saved_at and (self.known.changed or self._unsaved):
+                saved_at = now + SAVED_SECONDS
+                if self._unsaved:
+                    self._save()
+                if self.known.changed and not await self._keep(*self.known.packed()):
+                    self.known.changed = True
 
     async def _try_certify(self) -> None:
         with contextlib.suppress(TrackerError):

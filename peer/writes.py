@@ -50,7 +50,7 @@ class Writes:
         key = idempotency.new_key()
         try:
             await asyncio.to_thread(self._records.put_pending, intent, key, body)
-        except sqlite3.Error as error:  # a full disk: better without a net than not at all
+        except (sqlite3.Error, OSError) as error:  # a full disk: better without a net than not at all
             log.warning("the key of %s cannot be kept: %s", intent, error)
         return await self._try(intent, key, write)
 
@@ -73,5 +73,5 @@ class Writes:
         return answer
 
     def _settle(self, intent: str) -> None:
-        with contextlib.suppress(sqlite3.Error):  # then it is too old some minutes later
+        with contextlib.suppress(sqlite3.Error, OSError):  # then it is too old some minutes later
             self._records.settle(intent)

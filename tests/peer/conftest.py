@@ -16,6 +16,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent / "cluster"))
 from trackers import PASSWORD, Trackers, running
 
+from peer.records import Records
 from peer.reports import GetReport, PeerSettings, Progress, ShareReport
 from peer.session import LocalSession, open_session
 
@@ -130,6 +131,13 @@ class Insistent:
 
     def stop(self) -> None:
         self._task.cancel()
+
+
+def full(records: Records, is_full: bool) -> None:
+    """The database gets no page more, as on a disk without room."""
+    with records._mutex:
+        (pages,) = records._database.execute("PRAGMA page_count").fetchone()
+        records._database.execute(f"PRAGMA max_page_count={pages if is_full else 1 << 30}")
 
 
 async def until(condition: Callable[[], object], seconds: float = 10.0) -> None:

@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Peers, get, share, until
+from conftest import Peers, full, get, share, until
 
+from cluster.api.types import SwarmPeer
+from peer import tracker_agent
 from peer.home import Home
 from peer.records import Records
 from peer.reports import Exit, State, TrimaranError
@@ -201,6 +203,37 @@ async def test_a_disk_that_fills_up_in_the_middle(peers: Peers, tmp_path: Path) 
     finally:
         process = await asyncio.create_subprocess_exec("umount", "-l", str(small))
         await process.wait()
+
+
+async def test_a_full_disk_does_not_end_what_a_peer_does_in_the_background(
+    peers: Peers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Tokens are renewed all the same, and what is kept for outages is kept once there is room."""
+    monkeypatch.setattr(tracker_agent, "CHECK_SECONDS", 0.02)
+    monkeypatch.setattr(tracker_agent, "SAVED_SECONDS", 0.05)
+    ada = await peers.open("ada")
+    source = tmp_path / "hull.bin"
+    source.write_bytes(os.urandom(100_000))
+    await share(ada, source)
+    engine = ada._engine
+    assert engine is not None
+    agent, records = engine.agent, engine.records
+    await until(lambda: records.setting("known") is not None and records.setting("rights") is not None)
+    full(records, True)
+    peer = SwarmPeer(
+        peer_id="p" * 64, user="ben", addresses=["http://127.0.0.1:1" + "0" * 400], pieces=1, complete=True
+    )
+    for number in range(200):  # more than fits beside what is there
+        agent.known.swarm(f"{number:064}", [peer])
+    await until(lambda: "not kept for an outage: No space left" in caplog.text)
+    source.unlink()
+    engine.sharing.group_lost("boats", "a test says so" + " and so" * 20_000)
+    await until(lambda: "not noted of boats/hull.bin: No space left" in caplog.text)
+    assert agent.known.changed
+    assert not [task for task in agent._tasks if task.done()]
+    full(records, False)
+    await until(lambda: f"{199:064}".encode() in (records.setting("known") or b""))
+    assert "never retrieved" not in caplog.text and "Traceback" not in caplog.text
 
 
 async def test_one_process_per_home(peers: Peers) -> None:

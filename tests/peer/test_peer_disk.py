@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import socket
@@ -10,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from conftest import full
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -372,6 +374,23 @@ def test_records_come_back(tmp_path: Path) -> None:
     with pytest.raises(TrimaranError) as refused:
         Records(tmp_path / "bad.db")
     assert "bad.db" in refused.value.message
+
+
+def test_records_on_a_full_disk_say_so_and_go_on_when_there_is_room(tmp_path: Path) -> None:
+    records = Records(tmp_path / "state.db")
+    full(records, True)
+    for write in (
+        lambda: records.put_setting("known", bytes(100_000)),
+        lambda: records.put_pending("publish/g/n", "key", bytes(100_000)),
+    ):
+        with pytest.raises(OSError, match="No space left") as refused:
+            write()
+        assert refused.value.errno == errno.ENOSPC
+    assert records.setting("known") is None
+    full(records, False)
+    records.put_setting("known", bytes(100_000))
+    assert records.setting("known") == bytes(100_000)
+    records.close()
 
 
 def test_a_file_is_replaced_whole_or_not(tmp_path: Path) -> None:
