@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from chaos_tests.rig import Rig
 
 COMPACTION_SECONDS_MAX = 15.0
+PEERS_REST_SECONDS_MAX = 40.0
+AFTER_REST_SECONDS = 5.5  # downloads go on again by then (`checkers.availability`)
 MINORITY_GONE = "kill a minority"  # `checkers.availability` asks of these two what they promise
 MAJORITY_GONE = "a majority gone"
 
@@ -33,8 +35,20 @@ async def minority_gone(rig: Rig, chance: random.Random, running: Running) -> No
 
 
 async def majority_gone(rig: Rig, chance: random.Random, running: Running) -> None:
-    """Long enough to see that writes say so, and that downloads go on."""
-    await _down_for(rig, running, chance.sample(rig.node_ids, len(rig.node_ids) // 2 + 1), 8.0)
+    """Long enough to see that writes say so, and that downloads go on: nothing is done to peers meanwhile."""
+    victims = chance.sample(rig.node_ids, len(rig.node_ids) // 2 + 1)
+    try:
+        await asyncio.wait_for(rig.peers_rest.acquire(), PEERS_REST_SECONDS_MAX)
+    except (
+        TimeoutError
+    ):  # what is done to a peer waits for a tracker itself; then nothing is said of downloads
+        await _down_for(rig, running, victims, 8.0)
+        return
+    try:
+        await asyncio.sleep(AFTER_REST_SECONDS)
+        await _down_for(rig, running, victims, 8.0)
+    finally:
+        rig.peers_rest.release()
 
 
 async def _down_for(rig: Rig, running: Running, victims: list[str], seconds: float) -> None:
@@ -61,12 +75,8 @@ async def isolated_then_compacted(rig: Rig, chance: random.Random, running: Runn
     try:
         for way in ways:
             way.set(held=True)
-        compacted = 0
-        until = begin + int(COMPACTION_SECONDS_MAX * 1e9)
         async with growing(rig, others):
-            while rig.recorder.now_ns() < until and compacted < len(others):
-                await asyncio.sleep(0.2)
-                compacted = sum(rig.newest_snapshot(node) > before[node] for node in others)
+            compacted = await rig.until_newer_snapshots(others, before, COMPACTION_SECONDS_MAX)
         pending = sum(
             o.node == leader and o.call_ns > begin and bool(o.request_id)
             for o in rig.recorder.history.operations

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from chaos_tests.growing import growing
 from chaos_tests.history import Fault
+from cluster.raft.kill_points import VARIABLE, kill_point_names
 
 if TYPE_CHECKING:
     from chaos_tests.rig import Rig
@@ -31,6 +32,7 @@ class Running:
     detail: str = ""
     bit: bool = False
     gone_ns: tuple[int, int] = (0, 0)
+    wrong: str = ""  # what the product did and must not do
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ async def run(rig: Rig, kind: Kind, chance: random.Random) -> Fault:
     finally:
         fault = Fault(
             kind=kind.name, target=running.target, begin_ns=begin, end_ns=rig.recorder.now_ns(), bit=running.bit,
-            detail=running.detail, gone_ns=running.gone_ns,
+            detail=running.detail, gone_ns=running.gone_ns, wrong=running.wrong,
         )  # fmt: skip
         rig.recorder.add(fault)
     return fault
@@ -149,13 +151,18 @@ def isolate_leader(one_way: str = "") -> Act:
     return act
 
 
-async def halves(rig: Rig, chance: random.Random, running: Running) -> None:
-    nodes = chance.sample(rig.node_ids, len(rig.node_ids))
-    middle = len(nodes) // 2
-    running.target = f"{' '.join(nodes[:middle])} | {' '.join(nodes[middle:])}"
-    await _cut(
-        rig, running, _both([(a, b) for a in nodes[:middle] for b in nodes[middle:]]), chance.uniform(1.5, 4)
-    )
+def halves(*, one_way: bool = False) -> Act:
+    async def act(rig: Rig, chance: random.Random, running: Running) -> None:
+        nodes = chance.sample(rig.node_ids, len(rig.node_ids))
+        middle = len(nodes) // 2
+        running.target = f"{' '.join(nodes[:middle])} {'>' if one_way else '|'} {' '.join(nodes[middle:])}"
+        pairs = [(a, b) for a in nodes[:middle] for b in nodes[middle:]]
+        if one_way and chance.random() < 0.5:
+            running.target = running.target.replace(">", "<")
+            pairs = [(b, a) for a, b in pairs]
+        await _cut(rig, running, pairs if one_way else _both(pairs), chance.uniform(1.5, 4))
+
+    return act
 
 
 async def _leader_among(rig: Rig, chance: random.Random) -> list[str]:
@@ -165,42 +172,63 @@ async def _leader_among(rig: Rig, chance: random.Random) -> list[str]:
     return sorted(nodes, key=lambda node: node == leader)
 
 
-async def bridge(rig: Rig, chance: random.Random, running: Running) -> None:
-    """Two groups that only one node sees both of."""
-    middle, *rest = await _leader_among(rig, chance)
-    half = len(rest) // 2
-    running.target = middle
-    await _cut(
-        rig, running, _both([(a, b) for a in rest[:half] for b in rest[half:]]), chance.uniform(1.5, 4)
-    )
+def bridge(*, one_way: bool = False) -> Act:
+    """Two groups that only one node sees both of. One way: one of them hears the other, and is not heard."""
+
+    async def act(rig: Rig, chance: random.Random, running: Running) -> None:
+        middle, *rest = await _leader_among(rig, chance)
+        if one_way and chance.random() < 0.5:
+            rest.reverse()  # the leader's group is the one that is not heard
+        half = len(rest) // 2
+        running.target = (
+            f"{' '.join(rest[:half])} {'>' if one_way else '|'} {' '.join(rest[half:])} but for {middle}"
+        )
+        pairs = [(a, b) for a in rest[:half] for b in rest[half:]]
+        await _cut(rig, running, pairs if one_way else _both(pairs), chance.uniform(1.5, 4))
+
+    return act
 
 
-async def majorities_ring(rig: Rig, chance: random.Random, running: Running) -> None:
+def majorities_ring(*, one_way: bool = False) -> Act:
     """Every node sees its two neighbours on a ring, and no two see the same majority (of three nodes: a
-    bridge)."""
-    nodes = await _leader_among(rig, chance)
+    bridge). One way: what is not next to each other is heard in one direction only."""
+
+    async def act(rig: Rig, chance: random.Random, running: Running) -> None:
+        nodes = await _leader_among(rig, chance)
+        running.target = " ".join(nodes)
+        await _cut(rig, running, ring_cuts(nodes, one_way), chance.uniform(1.5, 4))
+
+    return act
+
+
+def ring_cuts(nodes: list[str], one_way: bool) -> list[tuple[str, str]]:
+    """The pairs of a ring whose first is not heard by the second."""
     count = len(nodes)
-    running.target = " ".join(nodes)
-    apart = [(a, b) for i, a in enumerate(nodes) for j, b in enumerate(nodes) if 1 < abs(i - j) < count - 1]
-    await _cut(rig, running, apart or _both([(nodes[1], nodes[2])]), chance.uniform(1.5, 4))
+    apart = [(a, b) for i, a in enumerate(nodes) for b in nodes[i + 2 : count - (i == 0)]]
+    pairs = apart or [(nodes[-1], nodes[-2])]
+    return pairs if one_way else _both(pairs)
 
 
-async def slow_links(rig: Rig, chance: random.Random, running: Running) -> None:
-    all_ways = [(a, b) for a in rig.node_ids for b in rig.node_ids if a != b]
-    ways = [
-        rig.way(a, b) for a, b in chance.sample(all_ways, chance.randint(len(all_ways) // 3, len(all_ways)))
-    ]
-    before = sum(way.bitten for way in ways)
-    delay = chance.choice([0.02, 0.08, 0.2])
-    running.target, running.detail = f"{len(ways)} links", f"{delay} s"
-    try:
-        for way in ways:
-            way.set(delay_seconds=delay)
-        await asyncio.sleep(chance.uniform(2, 4))
-        running.bit = sum(way.bitten for way in ways) > before
-    finally:
-        for way in ways:
-            way.heal()
+def slow_links(**speeds: list[float]) -> Act:
+    """Some of the ways between nodes, each with one of these delays, or no wider than one of these widths."""
+
+    async def act(rig: Rig, chance: random.Random, running: Running) -> None:
+        all_ways = [(a, b) for a in rig.node_ids for b in rig.node_ids if a != b]
+        some = chance.sample(all_ways, chance.randint(len(all_ways) // 3, len(all_ways)))
+        ways = [rig.way(a, b) for a, b in some]
+        before = sum(way.bitten for way in ways)
+        what = {name: chance.choice(choices) for name, choices in speeds.items()}
+        running.target, running.detail = f"{len(ways)} links", str(what)
+        try:
+            for way in ways:
+                way.set(**what)
+            await asyncio.sleep(chance.uniform(2, 4))
+            running.bit = sum(way.bitten for way in ways) > before
+        finally:
+            for way in ways:
+                way.heal()
+
+    return act
 
 
 def _spoil(**faults: float) -> Act:
@@ -289,7 +317,7 @@ async def disk_full(rig: Rig, chance: random.Random, running: Running) -> None:
     node = await rig.leader() or chance.choice(rig.node_ids)
     running.target = node
     try:
-        rig.fill_disk(node)
+        await rig.fill_disk(node)
         for _ in range(60):
             await asyncio.sleep(0.1)
             if await rig.says_disk_full(node):
@@ -312,26 +340,40 @@ async def torn_tail(rig: Rig, chance: random.Random, running: Running) -> None:
         await rig.start(node)
 
 
-async def flipped_bit(rig: Rig, chance: random.Random, running: Running) -> None:
+def damaged(what: str, damage: Callable[[Rig, str, random.Random], bool]) -> Act:
     """Damage in the middle of a journal: the node must refuse to start, and come back as a new one."""
-    node = chance.choice(rig.node_ids[1:])  # the first keeps the CA, without which nobody is invited
-    running.target = node
-    damaged = False
-    for _ in range(3):  # the log may be compacted away just then
-        until = rig.recorder.now_ns() + 10_000_000_000
-        async with growing(rig, rig.node_ids):
-            while not rig.can_flip(node) and rig.recorder.now_ns() < until:
-                await asyncio.sleep(0.1)
-        await rig.kill(node)
-        damaged = rig.flip_bit(node, chance)
-        if damaged:
-            break
-        await rig.start(node)
-    refused = damaged and await rig.refuses_to_start(node)
-    running.bit = refused
-    running.detail = "refused to start" if refused else "no segment was old enough to damage"
-    if damaged:
-        await rig.replace(node)
+
+    async def act(rig: Rig, chance: random.Random, running: Running) -> None:
+        node = chance.choice(rig.node_ids[1:])  # the first keeps the CA, without which nobody is invited
+        running.target, running.detail = node, "no segment was old enough"
+        done = False
+        for _ in range(3):  # the log may be compacted away just then
+            until = rig.recorder.now_ns() + 10_000_000_000
+            async with growing(rig, rig.node_ids):
+                while not rig.has_middle_segment(node) and rig.recorder.now_ns() < until:
+                    await asyncio.sleep(0.1)
+            await rig.kill(node)
+            done = damage(rig, node, chance)
+            if done:
+                break
+            await rig.start(node)
+        if done:
+            rig.keep_damaged(node)
+            running.bit = await rig.refuses_to_start(node)
+            running.detail = "refused to start" if running.bit else "started"
+            if not running.bit:
+                running.wrong = f"{node} took part with {what} in its journal"
+            await rig.replace(node)
+
+    return act
+
+
+def flip(rig: Rig, node: str, chance: random.Random) -> bool:
+    return rig.flip_bit(node, chance)
+
+
+def lose(rig: Rig, node: str, chance: random.Random) -> bool:
+    return rig.lose_segment(node, chance)
 
 
 async def missing_folder(rig: Rig, chance: random.Random, running: Running) -> None:
@@ -342,16 +384,25 @@ async def missing_folder(rig: Rig, chance: random.Random, running: Running) -> N
     await rig.replace(node)
 
 
-def kill_point(*names: str, nth_max: int = 40, seconds: float = 4.0) -> Act:
-    """Restart a node so that it dies at a step of its disk, and then start it plainly again."""
+OFTEN = ("append", "append.before", "append.after", "sync.before", "sync.after")  # steps of every batch
+
+
+def kill_point(*areas: str, seconds: float = 8.0) -> Act:
+    """Restart a node so that it dies at some step of its disk in these areas, and then start it plainly again."""
+    names = [name for name in kill_point_names() if name.partition(".")[0] in areas]
 
     async def act(rig: Rig, chance: random.Random, running: Running) -> None:
         node = chance.choice(rig.node_ids)
-        point = f"{chance.choice(names)}:{chance.randint(1, nth_max)}"
+        name = chance.choice(names)
+        area, _, step = name.partition(".")
+        often = area == "journal" and step in OFTEN
+        point = f"{name}:{chance.randint(1, 40) if often else 1}"
         running.target, running.detail = node, point
         try:
             await rig.kill(node)
-            await rig.start(node, {"TRIMARAN_KILL_POINT": point})
+            if name.startswith("journal.truncate"):
+                rig.tear_journal(node, chance)  # or there is nothing to cut off
+            await rig.start(node, {VARIABLE: point})
             async with growing(rig, rig.node_ids):
                 running.bit = await rig.dies_within(node, seconds)
         finally:
@@ -359,6 +410,35 @@ def kill_point(*names: str, nth_max: int = 40, seconds: float = 4.0) -> Act:
             await rig.start(node)
 
     return act
+
+
+async def killed_receiving(rig: Rig, chance: random.Random, running: Running) -> None:
+    """A node is away until the others have compacted what it needs, and dies at some step of taking the
+    snapshot that it is sent."""
+    node = await _follower(rig, chance)
+    others = [other for other in rig.node_ids if other != node]
+    point = chance.choice([name for name in kill_point_names() if name.startswith("receive.")])
+    running.target, running.detail = node, point
+    try:
+        await rig.kill(node)
+        # Nothing that this node has may reach into what the others keep: two more snapshots of each.
+        async with growing(rig, others):
+            for _ in range(2):
+                before = {other: rig.newest_snapshot(other) for other in others}
+                await rig.until_newer_snapshots(others, before, 15.0)
+            if ".remove." in point:  # what is removed is what an earlier try left behind
+                await rig.start(node, {VARIABLE: "receive.sync.after"})
+                await rig.dies_within(node, 10.0)
+            await rig.start(node, {VARIABLE: point})
+            running.bit = await rig.dies_within(node, 10.0)
+    finally:
+        await rig.kill(node)
+        await rig.start(node)
+
+
+async def _follower(rig: Rig, chance: random.Random) -> str:
+    leader = await rig.leader()
+    return chance.choice([node for node in rig.node_ids if node != leader])
 
 
 async def few_descriptors(rig: Rig, chance: random.Random, running: Running) -> None:
@@ -407,10 +487,14 @@ KINDS: dict[str, Kind] = {
         Kind("isolate the leader", isolate_leader()),
         Kind("isolate the leader, outgoing", isolate_leader("out")),
         Kind("isolate the leader, incoming", isolate_leader("in")),
-        Kind("halves", halves),
-        Kind("bridge", bridge),
-        Kind("majorities ring", majorities_ring),
-        Kind("slow links", slow_links, _needs_proxies),
+        Kind("halves", halves()),
+        Kind("halves, one way", halves(one_way=True)),
+        Kind("bridge", bridge()),
+        Kind("bridge, one way", bridge(one_way=True)),
+        Kind("majorities ring", majorities_ring()),
+        Kind("majorities ring, one way", majorities_ring(one_way=True)),
+        Kind("slow links", slow_links(delay_seconds=[0.02, 0.08, 0.2]), _needs_proxies),
+        Kind("narrow links", slow_links(bytes_per_second=[5e3, 20e3, 100e3]), _needs_proxies),
         Kind("garbled links", _spoil(garble_chance=0.02), _needs_proxies),
         Kind("doubled bytes", _spoil(duplicate_chance=0.02), _needs_proxies),
         Kind("lossy links", _spoil(reset_chance=0.02), _needs_proxies),
@@ -421,22 +505,12 @@ KINDS: dict[str, Kind] = {
         Kind("clock strobe", clock_strobe, _needs_clock),
         Kind("disk full", disk_full, _needs_small_disk),
         Kind("torn tail", torn_tail),
-        Kind("flipped bit", flipped_bit),
+        Kind("flipped bit", damaged("a flipped bit", flip), needs_snapshots),
+        Kind("missing segment", damaged("a missing segment", lose), needs_snapshots),
         Kind("missing data folder", missing_folder),
-        Kind(
-            "killed at the journal", kill_point("journal.append", "journal.sync.before", "journal.sync.after")
-        ),
-        Kind(
-            "killed at the snapshot",
-            kill_point(
-                "snapshot.sync.before",
-                "snapshot.rename.before",
-                "snapshot.rename.after",
-                nth_max=1,
-                seconds=15,
-            ),
-            needs_snapshots,
-        ),
+        Kind("killed at the journal", kill_point("journal", "head", "folder")),
+        Kind("killed at the snapshot", kill_point("snapshot", seconds=20), needs_snapshots),
+        Kind("killed receiving a snapshot", killed_receiving, needs_snapshots),
         Kind("out of descriptors", few_descriptors),
     )
 }
@@ -446,10 +520,29 @@ SMOKE = (
 )  # fmt: skip
 
 
-def schedule(kinds: list[str], seed: int, seconds: float, each_once: bool) -> Iterator[tuple[float, str]]:
-    """(pause before it, kind): every kind once in a shuffled order first, then at random until the time is
-    up (the caller watches the clock)."""
-    chance = random.Random(f"faults/{seed}")
-    order = chance.sample(kinds, len(kinds)) if each_once else []
-    while True:
-        yield chance.uniform(0.5, 2.0), order.pop() if order else chance.choice(kinds)
+class Schedule:
+    """What comes next: every kind once in a shuffled order first, then again what has not bitten, one of them
+    every other time; else at random. A seed fixes it, as far as the same faults bite."""
+
+    def __init__(self, kinds: list[str], seed: int, pause_seconds: tuple[float, float]) -> None:
+        self._chance = random.Random(f"faults/{seed}")
+        self._kinds, self._pause_seconds = kinds, pause_seconds
+        self._order = self._chance.sample(kinds, len(kinds))
+        self._unbitten = list(self._order)
+        self._again = False
+
+    def next(self) -> tuple[float, str]:
+        """(pause before it, kind)"""
+        pause = self._chance.uniform(*self._pause_seconds)
+        if self._order:
+            return pause, self._order.pop()
+        self._again = not self._again
+        if self._unbitten and self._again:
+            return pause, self._unbitten[0]
+        return pause, self._chance.choice(self._kinds)
+
+    def done(self, kind: str, bit: bool) -> None:
+        if kind in self._unbitten:
+            self._unbitten.remove(kind)
+            if not bit:
+                self._unbitten.append(kind)

@@ -20,13 +20,12 @@ if TYPE_CHECKING:
 WRITERS = 6
 PASSWORD = "only the log shall grow"
 AGAIN_SECONDS = 0.2
-_numbers = itertools.count()
 
 
 @asynccontextmanager
 async def growing(rig: Rig, nodes: Sequence[str]) -> AsyncIterator[None]:
     """While it lasts, the log grows through these nodes as fast as they take it."""
-    writers = [asyncio.create_task(_write(rig, nodes, next(_numbers))) for _ in range(WRITERS)]
+    writers = [asyncio.create_task(_write(rig, nodes, number)) for number in range(WRITERS)]
     try:
         yield
     finally:

@@ -54,9 +54,10 @@ class Fault(msgspec.Struct, kw_only=True):
     bit: bool = False  # a demonstrable effect was seen
     detail: str = ""
     gone_ns: tuple[int, int] = (0, 0)  # from when to when its targets were down, where that is told
+    wrong: str = ""  # what the product did under it and must not do
 
 
-class Sample(msgspec.Struct, kw_only=True):
+class Sample(msgspec.Struct, kw_only=True, gc=False):
     """What a node said of itself: from its status, its log or its digests."""
 
     at_ns: int
@@ -97,7 +98,7 @@ class Transfer(msgspec.Struct, kw_only=True):
     progress: list[tuple[int, int]] = []  # (at_ns, done_bytes)
 
 
-class Presence(msgspec.Struct, kw_only=True):
+class Presence(msgspec.Struct, kw_only=True, gc=False):
     """A peer in the eyes of the trackers: seen or not in a linearizable reading of a swarm."""
 
     at_ns: int
@@ -106,15 +107,16 @@ class Presence(msgspec.Struct, kw_only=True):
     seen: bool
 
 
-class Life(msgspec.Struct, kw_only=True):
+class Life(msgspec.Struct, kw_only=True, gc=False):
     """When a peer process could announce: from its start to its silence (kill, pause, cut)."""
 
     peer_id: str
     from_ns: int
     to_ns: int
+    peer: str = ""  # its name in the rig
 
 
-class Load(msgspec.Struct, kw_only=True):
+class Load(msgspec.Struct, kw_only=True, gc=False):
     """How busy the machine itself was: runnable processes (as the kernel averages them over a minute), and by
     how much a nap overslept in the rig."""
 

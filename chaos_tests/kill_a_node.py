@@ -80,7 +80,7 @@ async def once(seed: int, kills: int, out: Path) -> tuple[History, float, list[V
         await rig.tear_down()
         history = recorder.close()
         rig.keep_logs(out)
-        rig.unmount(None)
+        rig.unmount()
         shutil.rmtree(rig.folder, ignore_errors=True)
     log, verdicts = revisions.log_of(history)
     verdicts += [

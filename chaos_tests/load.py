@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 
 from chaos_tests.history import History, Load, Recorder
 
@@ -26,4 +27,13 @@ def told(history: History) -> str:
     return (
         f"{os.cpu_count()} processors, {min(runnable):.1f} to {max(runnable):.1f} runnable (a minute's average); naps "
         f"of the rig overslept {late[len(late) // 2]:.0f} ms (median), {late[-1]:.0f} ms (most)"
+    )
+
+
+def used() -> str:
+    """By the rig and by all it started, so far."""
+    own, others = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    seconds = [usage.ru_utime + usage.ru_stime for usage in (own, others)]
+    return (
+        f"{seconds[0]:.0f} s by the rig and its clients, {seconds[1]:.0f} s by trackers, peers and commands"
     )

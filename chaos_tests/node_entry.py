@@ -2,9 +2,9 @@
 
     python -m chaos_tests.node_entry --data-dir DIR
 
-From the environment, set by the rig alone: `TRIMARAN_RIG_DIAL` (where to dial other nodes: the proxies) and
+From the environment, set by the rig alone: `TRIMARAN_RIG_DIAL` (where to dial other nodes: the proxies),
 `TRIMARAN_RIG_CORRECTIONS_OFF` (names of `cluster.raft.corrections` to switch off, to show that the suite
-then fails). Writes digests of the state as lines `RIG {json}` to standard error. The product has none of
+then fails) and `TRIMARAN_RIG_REQUESTS_KEPT` (how many outcomes are remembered). Writes digests of the state, and the terms it leads, as lines `RIG {json}` to standard error. The product has none of
 these switches.
 """
 
@@ -25,8 +25,10 @@ from cluster.config import ConfigError, load_config
 from cluster.consensus import NodeInfo
 from cluster.raft.core import RaftCore
 from cluster.raft.corrections import ALL
+from cluster.raft.messages import AppendEntries, Message
 from cluster.raft.transport import Transport
 from cluster.service import Service
+from state_machine import limits
 from state_machine.machine import StateMachine
 
 DIGEST_EVERY_REVISIONS = 25
@@ -41,6 +43,22 @@ def dial_through(places: dict[str, str]) -> None:
         plain(self, replace(node, raft=places.get(node.node_id, node.raft)))
 
     Transport.dial = dial  # type: ignore[method-assign]
+
+
+def tell_leading() -> None:
+    """Tell each term in which this node sends entries as its leader: one leader a term, as seen on the wire."""
+    plain = Transport.send
+    told = -1
+
+    def send(self: Transport, node_id: str, message: Message) -> bool:
+        nonlocal told
+        if type(message) is AppendEntries and message.term != told:
+            told = message.term
+            sys.stderr.write(f'RIG {{"role": "led", "term": {told}}}\n')
+            sys.stderr.flush()
+        return plain(self, node_id, message)
+
+    Transport.send = send  # type: ignore[method-assign]
 
 
 def switch_off(names: str) -> None:
@@ -93,6 +111,11 @@ def _tell(machine: StateMachine) -> None:
     sys.stderr.flush()
 
 
+def remember(requests: int) -> None:
+    """Forget outcomes early, so that a long run sees it and its snapshots stay small. The same on all nodes."""
+    vars(limits)["REQUESTS_KEPT_MAX"] = requests
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m chaos_tests.node_entry")
     parser.add_argument("--data-dir", type=Path, required=True)
@@ -101,7 +124,10 @@ def main() -> int:
         dial_through(dict(place.split("=", 1) for place in places.split(",")))
     if names := os.environ.get("TRIMARAN_RIG_CORRECTIONS_OFF"):
         switch_off(names)
+    if requests := os.environ.get("TRIMARAN_RIG_REQUESTS_KEPT"):
+        remember(int(requests))
     tell_digests()
+    tell_leading()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRIMARAN_RIG_")}
     try:
         run_node(load_config(options.data_dir, environment=environment), lambda running: None)

@@ -15,12 +15,14 @@ from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from chaos_tests.faults import Running
+from chaos_tests.faults import Running, Schedule
 from chaos_tests.history import Fault
+from chaos_tests.rig import fill
 from chaos_tests.swarm import CliError, Peer, Swarm
 
 SMALL_FILE_BYTES = 8 << 20
 CROWD = 6
+PAUSE_SECONDS = (2.0, 6.0)
 Act = Callable[[Swarm, random.Random, Peer, Running], Awaitable[None]]
 
 
@@ -87,7 +89,7 @@ async def disk_full(swarm: Swarm, chance: random.Random, peer: Peer, running: Ru
     await swarm.share_new(name, SMALL_FILE_BYTES, [seeder.name])
     filler = peer.folder / "filler"
     try:
-        _fill(filler)
+        await asyncio.to_thread(fill, filler)
         await swarm.cli(peer, "get", f"{swarm.group}/{name}", "-o", str(peer.target), seconds=30)
     except CliError as error:
         running.bit, running.detail = error.code == 9, f"exit {error.code}"
@@ -95,17 +97,6 @@ async def disk_full(swarm: Swarm, chance: random.Random, peer: Peer, running: Ru
         filler.unlink(missing_ok=True)
     await _fetched(swarm, peer, name)
     await swarm.forget(name)
-
-
-def _fill(path: Path) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    try:
-        for size in (1 << 20, 512):
-            with suppress(OSError):
-                while os.write(descriptor, bytes(size)):
-                    pass
-    finally:
-        os.close(descriptor)
 
 
 async def source_damaged(swarm: Swarm, chance: random.Random, peer: Peer, running: Running) -> None:
@@ -128,22 +119,30 @@ async def source_damaged(swarm: Swarm, chance: random.Random, peer: Peer, runnin
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     fetching = asyncio.create_task(_fetched(swarm, peer, name))
     await asyncio.sleep(4.0)
-    rows = []
-    with suppress(CliError):
-        rows = json.loads(await swarm.cli(peer, "ps", seconds=20))
-    got = next((row["done_bytes"] for row in rows if row["name"] == name), 0)
-    running.bit = got == 0 and not fetching.done()
-    running.detail = f"{got} bytes accepted from the rotten copy"
+    sent, got = (
+        await _done(swarm, seeder, name, "uploaded_bytes"),
+        await _done(swarm, peer, name, "done_bytes"),
+    )
+    running.bit = bool(sent) and got == 0 and not fetching.done()
+    running.detail = f"{sent} bytes sent from the rotten copy, {got} accepted"
     named = good.parent / "good" / name
     named.parent.mkdir(exist_ok=True)
     good.rename(named)
     try:
-        await swarm.cli(honest, "share", str(named), "--group", swarm.group, seconds=60)
+        await swarm.share(honest, named)
         await fetching
     finally:
         fetching.cancel()
         await swarm.forget(name)
         named.unlink(missing_ok=True)
+
+
+async def _done(swarm: Swarm, peer: Peer, name: str, what: str) -> int | None:
+    """A figure of a file's row in `ps`; None when there is no answer."""
+    with suppress(CliError):
+        rows = json.loads(await swarm.cli(peer, "ps", seconds=20))
+        return next((int(row[what]) for row in rows if row["name"] == name), 0)
+    return None
 
 
 async def flash_crowd(swarm: Swarm, chance: random.Random, peer: Peer, running: Running) -> None:
@@ -178,6 +177,7 @@ KINDS: dict[str, Act] = {
     "peer on a garbled line": bad_line(4, garble_chance=0.02),
     "peer half-open": bad_line(12, held=True),
     "peer on a slow line": bad_line(6, delay_seconds=0.2),
+    "peer on a narrow line": bad_line(6, bytes_per_second=64e3),
     "peer's connections reset": resets,
     "peer's disk full": disk_full,
     "peer's source damaged": source_damaged,
@@ -187,36 +187,33 @@ FETCHING = ("peer's source damaged", "flash crowd")  # the peer gets a file, and
 PLAIN = ("peer killed", "peer paused", "peer's connections reset")
 
 
-async def hurt(swarm: Swarm, kinds: list[str], until_ns: int) -> None:
-    """One fault after another, every kind once first, until the time is up."""
+async def hurt(swarm: Swarm, kinds: list[str], until_ns: int, rest: asyncio.Lock) -> None:
+    """One fault after another, every kind once first, until the time is up. `rest` is held meanwhile."""
     chance = swarm.random
-    order = chance.sample(kinds, len(kinds))
+    schedule = Schedule(kinds, swarm.seed, PAUSE_SECONDS)
     while swarm.recorder.now_ns() < until_ns:
-        await asyncio.sleep(chance.uniform(2, 6))
-        kind = order.pop() if order else chance.choice(kinds)
+        pause, kind = schedule.next()
+        await asyncio.sleep(pause)
         small = [peer for peer in swarm.peers.values() if peer.small_disk]
         honest = [peer for peer in swarm.peers.values() if not peer.lies]
         others = honest if kind in FETCHING else list(swarm.peers.values())
         peer = small[0] if kind == "peer's disk full" else chance.choice(others)
         running = Running(target=peer.name)
-        begin = swarm.recorder.now_ns()
-        try:
-            await KINDS[kind](swarm, chance, peer, running)
-        except CliError as error:  # the trackers are being hurt at the same time: it had no chance to bite
-            running.detail = str(error)[:200]
-            order.insert(0, kind)
-        finally:
-            end = swarm.recorder.now_ns()
-            swarm.recorder.add(
-                Fault(
-                    kind=kind,
-                    target=running.target,
-                    begin_ns=begin,
-                    end_ns=end,
-                    bit=running.bit,
+        async with rest:
+            begin = swarm.recorder.now_ns()
+            try:
+                await KINDS[kind](swarm, chance, peer, running)
+            except (
+                CliError
+            ) as error:  # the trackers are being hurt at the same time: it had no chance to bite
+                running.bit, running.detail = False, str(error)[:200]
+            finally:
+                fault = Fault(
+                    kind=kind, target=running.target, begin_ns=begin, end_ns=swarm.recorder.now_ns(), bit=running.bit,
                     detail=running.detail,
-                )
-            )
+                )  # fmt: skip
+                swarm.recorder.add(fault)
+        schedule.done(kind, fault.bit)
 
 
 def usable(swarm: Swarm, kinds: Iterable[str]) -> list[str]:

@@ -187,7 +187,7 @@ async def place(
         await rig.tear_down()
         recorder.close()
         rig.keep_logs(out)
-        rig.unmount(None)
+        rig.unmount()
         shutil.rmtree(rig.folder, ignore_errors=True)
 
 

@@ -22,13 +22,14 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from email.utils import parsedate_to_datetime
+from itertools import takewhile
 from pathlib import Path
 
 from chaos_tests import wall_clock
 from chaos_tests.client import Api, Reply, request_id
-from chaos_tests.history import Recorder, Sample
+from chaos_tests.history import Fault, Recorder, Sample
 from chaos_tests.ports import free_ports
 from chaos_tests.proxy import Direction, Link
 from chaos_tests.ways import Way
@@ -36,7 +37,7 @@ from chaos_tests.ways import Way
 START_SECONDS = 60.0
 CLI = [sys.executable, "-m", "trimaran"]
 SMALL_DISK_BYTES = 96 << 20
-FLIP_BYTES_MIN = 8192
+ASK_ROLE_SECONDS = 0.2
 
 
 class Node:
@@ -65,6 +66,7 @@ class Rig:
         *,
         corrections_off: str = "",
         raft_settings: Mapping[str, float] | None = None,
+        requests_kept: int = 0,
     ) -> None:
         self.folder, self.recorder, self.seed = folder, recorder, seed
         self.node_ids = [f"n{i + 1}" for i in range(nodes)]
@@ -78,6 +80,7 @@ class Rig:
             "TRIMARAN_SERVICE_HASH_MEMORY_KIB": "256",
             "TRIMARAN_SERVICE_HASH_PASSES": "1",
             "TRIMARAN_RIG_CORRECTIONS_OFF": corrections_off,
+            "TRIMARAN_RIG_REQUESTS_KEPT": str(requests_kept or ""),
             **{f"TRIMARAN_RAFT_SETTINGS_{k.upper()}": str(v) for k, v in (raft_settings or {}).items()},
         }
         self._raft_links: dict[tuple[str, str], Link] = {}
@@ -87,6 +90,8 @@ class Rig:
         self._generation = 0
         self._mounts: list[Path] = []
         self._seen = ""  # of what is waited for
+        self._tls: ssl.SSLContext | None = None  # of users
+        self.peers_rest = asyncio.Lock()  # held while something is done to a peer, or while none may be
 
     def host(self, node_id: str) -> str:
         return "127.0.0.1"
@@ -185,26 +190,39 @@ class Rig:
         self._mounts.append(folder)
         self.small_disks = True
 
-    async def tear_down(self) -> None:
+    async def tear_down(self) -> list[Exception]:
+        """Returns what went wrong in the rig itself."""
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        ends = await asyncio.gather(*self._tasks, return_exceptions=True)
         for node in self.nodes.values():
             await self.kill(node.node_id)
         for link in [*self._raft_links.values(), *self._user_links.values()]:
             await link.stop()
         for clock in self.clocks.values():
             clock.close()
+        return [end for end in ends if isinstance(end, Exception)]
 
     def keep_logs(self, out: Path) -> None:
+        """Of nodes, of peers and of the commands in their homes."""
         for log in self.folder.rglob("*.log"):
-            shutil.copy(log, out / log.name)
+            if not log.name.startswith("journal-"):
+                shutil.copy(log, out / "-".join(log.relative_to(self.folder).parts))
 
-    def unmount(self, keep: Path | None) -> None:
-        """Release small file systems, after copying what lies on them to `keep` (when a check failed)."""
+    def keep_data(self, out: Path) -> None:
+        """The nodes' data folders, for whoever looks into a failure, and the one that was damaged last as it was."""
+        for folder in [node.folder for node in self.nodes.values()] + list(self.folder.glob("damaged-*")):
+            if folder.exists():
+                shutil.copytree(folder, out / folder.name, dirs_exist_ok=True)
+
+    def keep_damaged(self, node_id: str) -> None:
+        for old in self.folder.glob("damaged-*"):
+            shutil.rmtree(old)
+        shutil.copytree(self.nodes[node_id].folder / "raft", self.folder / f"damaged-{node_id}")
+
+    def unmount(self) -> None:
+        """Release small file systems."""
         for folder in self._mounts:
-            if keep is not None:
-                shutil.copytree(folder, keep / folder.name, dirs_exist_ok=True)
             subprocess.run(["umount", "-l", str(folder)], capture_output=True, check=False)
 
     # --- nodes ------------------------------------------------------------------------------------
@@ -227,6 +245,23 @@ class Rig:
                 stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, env=variables, cwd=Path(__file__).parents[1],
             )  # fmt: skip
         await self._until(lambda: self._answers(node), START_SECONDS, f"{node_id} answers", quietly=True)
+
+    async def restart_ended(self) -> list[Fault]:
+        """Between faults all nodes live. One that has ended is a finding; it is started again, as its operator would."""
+        found = []
+        for node_id, node in self.nodes.items():
+            if node.alive or node.process is None:
+                continue
+            now = self.recorder.now_ns()
+            last = node.log.read_text(errors="replace").strip().rpartition("\n")[2][:300]
+            wrong = f"{node_id} ended by itself with {node.process.returncode}: {last}"
+            fault = Fault(
+                kind="a node ended", target=node_id, begin_ns=now, end_ns=now, bit=True, wrong=wrong
+            )
+            self.recorder.add(fault)
+            found.append(fault)
+            await self.start(node_id)
+        return found
 
     async def _answers(self, node: Node) -> bool:
         if not node.alive:
@@ -339,16 +374,8 @@ class Rig:
 
     # --- disks ------------------------------------------------------------------------------------
 
-    def fill_disk(self, node_id: str) -> None:
-        filler = self.nodes[node_id].folder / "filler"
-        with filler.open("ab") as file:
-            with contextlib.suppress(OSError):
-                while True:
-                    file.write(bytes(1 << 20))
-                    file.flush()
-            with contextlib.suppress(OSError):
-                while True:
-                    os.write(file.fileno(), bytes(512))
+    async def fill_disk(self, node_id: str) -> None:
+        await asyncio.to_thread(fill, self.nodes[node_id].folder / "filler")
 
     def free_disk(self, node_id: str) -> None:
         (self.nodes[node_id].folder / "filler").unlink(missing_ok=True)
@@ -373,6 +400,17 @@ class Rig:
         """The name of the node's latest whole snapshot, which tells its place in the log."""
         return max((path.name for path in self.nodes[node_id].folder.rglob("snapshot-*.snap")), default="")
 
+    async def until_newer_snapshots(
+        self, nodes: Sequence[str], before: Mapping[str, str], seconds: float
+    ) -> int:
+        """Wait until all of them have one; returns how many have when it ends."""
+        until = time.monotonic() + seconds
+        newer = 0
+        while time.monotonic() < until and newer < len(nodes):
+            await asyncio.sleep(0.2)
+            newer = sum(self.newest_snapshot(node) > before[node] for node in nodes)
+        return newer
+
     def _segments(self, node_id: str) -> list[Path]:
         return sorted(self.nodes[node_id].folder.rglob("journal-*"), key=lambda path: path.name)
 
@@ -384,22 +422,28 @@ class Rig:
             file.write(chance.randbytes(chance.randint(1, 200)))
         return True
 
-    def can_flip(self, node_id: str) -> bool:
-        return any(segment.stat().st_size > FLIP_BYTES_MIN for segment in self._segments(node_id))
+    def has_middle_segment(self, node_id: str) -> bool:
+        return len(self._segments(node_id)) > 2
+
+    def lose_segment(self, node_id: str, chance: random.Random) -> bool:
+        """Not the oldest, whose entries a snapshot may hold as well, nor the last, which may have been begun just then."""
+        segments = self._segments(node_id)[1:-1]
+        if segments:
+            chance.choice(segments).unlink()
+        return bool(segments)
 
     def flip_bit(self, node_id: str, chance: random.Random) -> bool:
-        """Damage well before the end, so that it cannot be taken for a torn tail."""
-        for segment in self._segments(node_id):
-            size = segment.stat().st_size
-            if size > FLIP_BYTES_MIN:
-                place = chance.randrange(4096, size // 2 + 1024)
-                with segment.open("r+b") as file:
-                    file.seek(place)
-                    byte = file.read(1)[0]
-                    file.seek(place)
-                    file.write(bytes([byte ^ (1 << chance.randrange(8))]))
-                return True
-        return False
+        """Anywhere but in the last segment, whose end may be a torn write for all that a node can tell."""
+        segments = self._segments(node_id)[:-1]
+        if not segments:
+            return False
+        with chance.choice(segments).open("r+b") as file:
+            place = chance.randrange(file.seek(0, os.SEEK_END))
+            file.seek(place)
+            byte = file.read(1)[0]
+            file.seek(place)
+            file.write(bytes([byte ^ (1 << chance.randrange(8))]))
+        return True
 
     # --- links ------------------------------------------------------------------------------------
 
@@ -463,8 +507,9 @@ class Rig:
         return {node_id: f"https://127.0.0.1:{port}" for node_id, port in self._user_ports.items()}
 
     def api(self) -> Api:
-        context = ssl.create_default_context(cafile=str(self.folder / "ca.pem"))
-        return Api(self.urls, context)
+        if self._tls is None:
+            self._tls = ssl.create_default_context(cafile=str(self.folder / "ca.pem"))
+        return Api(self.urls, self._tls)
 
     def operator(self) -> Api:
         """The operator's session at every node, directly."""
@@ -477,12 +522,15 @@ class Rig:
         """Who leads, by the latest term any living node tells of in the next moments."""
         until = time.monotonic() + 3
         while time.monotonic() < until:
-            begin = self.recorder.now_ns() - 500_000_000
-            leads = [s for s in self.recorder.history.samples if s.role == "leader" and s.at_ns >= begin]
+            leads = [sample for sample in self._recent(2.5 * ASK_ROLE_SECONDS) if sample.role == "leader"]
             if leads:
                 return max(leads, key=lambda sample: sample.term).node
             await asyncio.sleep(0.05)
         return None
+
+    def _recent(self, seconds: float) -> Iterator[Sample]:
+        begin = self.recorder.now_ns() - int(seconds * 1e9)
+        return takewhile(lambda sample: sample.at_ns >= begin, reversed(self.recorder.history.samples))
 
     def _watch_roles(self) -> None:
         for node_id in self.node_ids:
@@ -490,7 +538,7 @@ class Rig:
             self._tasks.add(asyncio.create_task(self._follow_log(node_id)))
 
     async def _watch_role(self, node_id: str) -> None:
-        """Ask a node its role ten times a second, directly: not through a link that a fault may hold."""
+        """Ask a node its role again and again, directly: not through a link that a fault may hold."""
         api = self.api()
         api.urls = {node_id: f"https://{self.nodes[node_id].host}:{self.nodes[node_id].http}"}
         try:
@@ -504,7 +552,7 @@ class Rig:
                             term=reply.body["term"], revision=reply.body["revision"], leader=reply.body["leader"],
                         )
                     )  # fmt: skip
-                await asyncio.sleep(0.1)
+                await asyncio.sleep(ASK_ROLE_SECONDS)
         finally:
             await api.close()
 
@@ -564,7 +612,14 @@ class Rig:
             stderr=asyncio.subprocess.PIPE,
             cwd=Path(__file__).parents[1],
         )
-        out, err = await asyncio.wait_for(process.communicate(), 60)
+        try:
+            out, err = await asyncio.wait_for(process.communicate(), 60)
+        except TimeoutError:
+            raise RuntimeError(f"trimaran {' '.join(words)}: no end within 60 s") from None
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
         if process.returncode:
             raise RuntimeError(
                 f"trimaran {' '.join(words)}: exit {process.returncode}: {err.decode().strip()}"
@@ -584,3 +639,15 @@ class Rig:
                 if attempt == 9:
                     raise
                 await asyncio.sleep(1)
+
+
+def fill(path: Path) -> None:
+    """Let a file grow until its file system is full."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    try:
+        for size in (1 << 20, 512):
+            with contextlib.suppress(OSError):
+                while os.write(descriptor, bytes(size)):
+                    pass
+    finally:
+        os.close(descriptor)

@@ -17,6 +17,7 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -25,17 +26,18 @@ from pathlib import Path
 
 from chaos_tests import compounds, ending, faults, load, namespaces, peer_faults, report, workload
 from chaos_tests.checkers import availability, cluster, linearizability, product, revisions, watches
-from chaos_tests.checkers.verdict import Verdict
+from chaos_tests.checkers.verdict import Verdict, held, violated
 from chaos_tests.client import Api
 from chaos_tests.history import History, Recorder
 from chaos_tests.rig import Rig
-from chaos_tests.swarm import Swarm
+from chaos_tests.swarm import LIES, Swarm
 from chaos_tests.workload import World
 
 MODELS: dict[str, tuple[linearizability.State, linearizability.Step]] = {
     "file": (linearizability.ABSENT, linearizability.file_model),
     "membership": ("none", linearizability.membership_model),
 }
+ABSENT = {kind: initial for kind, (initial, _) in MODELS.items()}
 PLAYERS_REST_SECONDS = 3.0
 LEASE_SECONDS = 30.0
 LEASE_SLACK_SECONDS = 25.0  # the renewal interval, the leader's own timing from its election, and a pause
@@ -56,8 +58,14 @@ class Profile:
     linearizability_seconds: float
     peer_kinds: tuple[str, ...] = peer_faults.PLAIN
     raft_settings: Mapping[str, float] = field(default_factory=dict)
+    every_kind: bool = False  # each must bite; else each that was tried
+    fault_pause_seconds: tuple[float, float] = (0.5, 2.0)
+    client_pause_seconds: float = 0.15  # on average, after each operation
 
 
+REQUESTS_KEPT = (
+    1_500  # beside a small log: or snapshots would grow beyond it, and none be made while a fault lasts
+)
 SMALL_LOG = {"log_bytes_before_snapshot": 48 << 10, "keep_tail_bytes": 16 << 10, "segment_bytes": 32 << 10}
 SMOKE = Profile(75, 3, 3, 4, 4, 1, 24 << 20, "1M", faults.SMOKE, 5, 30)
 CANARY = Profile(
@@ -69,8 +77,10 @@ CANARY_OFF = (
     "apply_before_answer"
 )
 NIGHTLY = Profile(
-    1800, 3, 4, 5, 6, 1, 48 << 20, "1M", tuple(compounds.KINDS), 5, 300, tuple(peer_faults.KINDS), SMALL_LOG
+    1800, 3, 4, 5, 6, 1, 48 << 20, "512K", tuple(compounds.KINDS), 5, 300, tuple(peer_faults.KINDS), SMALL_LOG,
+    every_kind=True, fault_pause_seconds=(2.0, 6.0), client_pause_seconds=0.8,  # about 1,000 operations a key
 )  # fmt: skip
+EVERY_KIND_SECONDS_MIN = 1800.0  # a run that was made shorter cannot try them all
 
 NAMESPACES = Profile(
     150, 5, 3, 4, 4, 1, 24 << 20, "1M",
@@ -83,8 +93,8 @@ NAMESPACES = Profile(
 
 async def run(
     profile: Profile, seed: int, out: Path, corrections_off: str = "", make_rig: Callable[..., Rig] = Rig
-) -> tuple[History, list[Verdict]]:
-    """One run: set up, faults, heal, settle, check."""
+) -> tuple[History, list[Verdict], list[str]]:
+    """One run: set up, faults, heal, settle, check. Also what was not to be had here."""
     out.mkdir(parents=True, exist_ok=True)
     recorder = Recorder(out / "history.jsonl", seed)
     rig = make_rig(
@@ -94,6 +104,7 @@ async def run(
         seed,
         corrections_off=corrections_off,
         raft_settings=profile.raft_settings,
+        requests_kept=REQUESTS_KEPT if profile.raft_settings else 0,
     )
     swarm: Swarm | None = None
     world: World | None = None
@@ -101,6 +112,8 @@ async def run(
     players: list[asyncio.Task[None]] = []
     stop_reading = asyncio.Event()
     reader: Api | None = None
+    broken: list[Exception] = []
+    whole = False
     try:
         await rig.set_up()
         world = World(recorder, rig.api, rig.node_ids, seed)
@@ -117,13 +130,13 @@ async def run(
             tasks.append(asyncio.create_task(swarm.observe(reader, rig.node_ids, stop_reading)))
         for number, group in enumerate(world.groups):
             for k, user in enumerate(world.cast[group]):
-                players.append(
-                    asyncio.create_task(world.run_client(group, user, seed * 1000 + number * 10 + k, 0.15))
-                )
+                own_seed, pause = seed * 1000 + number * 10 + k, profile.client_pause_seconds
+                players.append(asyncio.create_task(world.run_client(group, user, own_seed, pause)))
             for watcher in range(2):
                 tasks.append(asyncio.create_task(world.watch(group, watcher)))
         print(f"set up in {recorder.now_ns() / 1e9:.1f} s; faults for {profile.seconds:.0f} s", flush=True)
         tasks.append(asyncio.create_task(load.feel(recorder)))
+        begin = recorder.now_ns()
         downloads = await _under_faults(profile, seed, rig, swarm, recorder)
         rig.heal()
         await asyncio.gather(*(rig.start(node) for node in rig.node_ids))
@@ -133,6 +146,12 @@ async def run(
         await asyncio.wait(players, timeout=2 * workload.OPERATION_SECONDS + 1)
         await asyncio.sleep(PLAYERS_REST_SECONDS)  # the last writes are told to the watchers
         await _settle(rig, recorder, downloads)
+        if swarm:
+            swarm.tell_lies(begin)
+        whole = True
+    except Exception as error:  # there is a report on every run: what was seen until then is checked as well
+        traceback.print_exc()
+        broken.append(error)
     finally:
         stop_reading.set()
         if world:
@@ -142,33 +161,65 @@ async def run(
         for task in tasks + players:
             task.cancel()
         ends = await asyncio.gather(*tasks, *players, return_exceptions=True)
-        broken = [e for e in ends if isinstance(e, Exception)]
+        broken += [end for end in ends if isinstance(end, Exception)]
         if swarm:
             await swarm.tear_down()
         if world:
             await world.close()
         if reader:
             await reader.close()
-        await rig.tear_down()
+        broken += await rig.tear_down()
         history = recorder.close()
+        if not whole:
+            _keep(rig, out)
         if sys.exc_info()[0] is not None:
-            rig.keep_logs(out)
-            rig.unmount(None)
-            if swarm:
-                swarm.unmount()
-            shutil.rmtree(rig.folder, ignore_errors=True)
-    if broken:
-        raise broken[0]
-    verdicts = check(history, profile, set(rig.node_ids), rig.missing + (swarm.missing if swarm else []))
+            _clean(rig, swarm)
+    verdicts = [_ran(history, broken)]
+    verdicts += check(history, profile, set(rig.node_ids), _expected(profile, rig, swarm, history))
     verdicts.append(product.check_logs(rig.folder))
-    failed = any(verdict.result != "held" for verdict in verdicts)
-    if failed:
-        rig.keep_logs(out)
-    rig.unmount(out / "data" if failed else None)
+    if any(verdict.result != "held" for verdict in verdicts):
+        _keep(rig, out)
+    _clean(rig, swarm)
+    return history, verdicts, not_to_be_had(profile, rig, swarm)
+
+
+def _keep(rig: Rig, out: Path) -> None:
+    """Logs and data folders, next to the history."""
+    rig.keep_logs(out)
+    rig.keep_data(out / "data")
+
+
+def _clean(rig: Rig, swarm: Swarm | None) -> None:
+    rig.unmount()
     if swarm:
         swarm.unmount()
     shutil.rmtree(rig.folder, ignore_errors=True)
-    return history, verdicts
+
+
+def _ran(history: History, broken: list[Exception]) -> Verdict:
+    """Whether the run itself went as it should."""
+    name = "the run went to its end"
+    if broken:
+        return violated(
+            name, len(broken), "; ".join(f"{type(e).__name__}: {e}" for e in broken), history.end_ns
+        )
+    return held(name, 1)
+
+
+def _expected(profile: Profile, rig: Rig, swarm: Swarm | None, history: History) -> set[str]:
+    """The kinds of fault that must have bitten."""
+    if not profile.every_kind or profile.seconds < EVERY_KIND_SECONDS_MIN:
+        return {fault.kind for fault in history.faults}
+    kinds = {name for name in profile.kinds if compounds.KINDS[name].needs(rig) is None}
+    if swarm:
+        kinds |= {*peer_faults.usable(swarm, profile.peer_kinds), LIES}
+    return kinds
+
+
+def not_to_be_had(profile: Profile, rig: Rig, swarm: Swarm | None) -> list[str]:
+    """What this machine, or this kind of rig, cannot do."""
+    needs = [f"{name}: {why}" for name in profile.kinds if (why := compounds.KINDS[name].needs(rig))]
+    return sorted({*needs, *rig.missing, *(swarm.missing if swarm else [])})
 
 
 async def _under_faults(
@@ -181,17 +232,20 @@ async def _under_faults(
     hurting: asyncio.Task[None] | None = None
     if swarm:
         kinds = peer_faults.usable(swarm, profile.peer_kinds)
-        hurting = asyncio.create_task(peer_faults.hurt(swarm, kinds, until))
+        hurting = asyncio.create_task(peer_faults.hurt(swarm, kinds, until, rig.peers_rest))
         # The smoke run downloads once; a long one again and again.
         rounds_until = until if profile.raft_settings else 0
         downloads.append(asyncio.create_task(swarm.rounds(profile.file_bytes, rounds_until)))
     usable = [name for name in profile.kinds if compounds.KINDS[name].needs(rig) is None]
-    for pause, name in faults.schedule(usable, seed, profile.seconds, each_once=True):
-        if recorder.now_ns() > until:
-            break
+    schedule = faults.Schedule(usable, seed, profile.fault_pause_seconds)
+    while recorder.now_ns() <= until:
+        pause, name = schedule.next()
         await asyncio.sleep(pause)
+        for ended in await rig.restart_ended():
+            print(f"{recorder.now_ns() / 1e9:7.1f} s  {ended.wrong}", flush=True)
         print(f"{recorder.now_ns() / 1e9:7.1f} s  {name}", flush=True)
         fault = await faults.run(rig, compounds.KINDS[name], chance)
+        schedule.done(name, fault.bit)
         print(
             f"           {fault.target} {fault.detail}{'' if fault.bit else '  (did not bite)'}", flush=True
         )
@@ -215,14 +269,16 @@ async def _settle(rig: Rig, recorder: Recorder, downloads: list[asyncio.Task[obj
                 task.result()
 
 
-def check(history: History, profile: Profile, nodes: set[str], missing: list[str]) -> list[Verdict]:
+def check(history: History, profile: Profile, nodes: set[str], kinds: set[str]) -> list[Verdict]:
     """Every checker over the history."""
     log, verdicts = revisions.log_of(history)
     operations = history.operations
     verdicts += [
         revisions.check_order(operations),
         revisions.check_request_ids(operations),
+        revisions.check_applied_once(operations, log),
         revisions.check_acknowledged(operations, log, workload.trace, history.watched),
+        revisions.check_reads(operations, log, workload.fold, ABSENT, workload.path_of, history.watched),
         cluster.check_leaders(history.samples),
         cluster.check_digests(history.samples),
         cluster.check_liveness(history, nodes),
@@ -231,16 +287,16 @@ def check(history: History, profile: Profile, nodes: set[str], missing: list[str
         product.check_transfers(history.transfers),
         product.check_deadlines(operations, history.loads),
         availability.check_minority_gone(history, compounds.MINORITY_GONE),
-        availability.check_majority_gone(history, compounds.MAJORITY_GONE),
+        availability.check_majority_gone(
+            history, compounds.MAJORITY_GONE, profile.peer_kinds, must_see_downloads=profile.every_kind
+        ),
+        product.check_nodes(history.faults),
     ]
     verdicts += watches.check(history.watched, log)
     verdicts += linearizability.check_keys(
         [o for o in operations if o.name != "access"], MODELS, profile.linearizability_seconds
     )
-    done = {fault.kind for fault in history.faults}
-    verdicts.append(product.check_honesty(history, profile.operations_per_second_min, done))
-    if missing:
-        print("not to be had here: " + "; ".join(sorted(set(missing))), file=sys.stderr)
+    verdicts.append(product.check_honesty(history, profile.operations_per_second_min, kinds))
     return verdicts
 
 
@@ -256,6 +312,7 @@ def figures(history: History, verdicts: list[Verdict]) -> dict[str, str]:
         "faults that bit": ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items())) or "none",
         "downloads": f"{len(whole)} of {len(history.transfers)}, {sum(t.size_bytes for t in whole):,} bytes",
         "machine": load.told(history),
+        "processor": load.used(),
         "violations": str(sum(verdict.result == "violated" for verdict in verdicts)),
         "could not tell": str(sum(verdict.result == "unknown" for verdict in verdicts)),
     }
@@ -282,13 +339,13 @@ def main() -> int:
             with namespaces.Network([f"n{i + 1}" for i in range(profile.nodes)]) as network:
                 network.enter()
                 make_rig = partial(namespaces.NamespaceRig, network)
-                history, verdicts = ending.run(run(profile, seed, out, make_rig=make_rig))
+                history, verdicts, missing = ending.run(run(profile, seed, out, make_rig=make_rig))
         except namespaces.Unavailable as reason:
             print(f"SKIPPED: {reason}")
             return 0
     else:
-        history, verdicts = ending.run(run(profile, seed, out, CANARY_OFF if canary else ""))
-    told = figures(history, verdicts)
+        history, verdicts, missing = ending.run(run(profile, seed, out, CANARY_OFF if canary else ""))
+    told = figures(history, verdicts) | {"not to be had here": "; ".join(missing) or "nothing"}
     report.write(
         out / "report.html",
         history,

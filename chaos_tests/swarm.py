@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from chaos_tests.client import Api
-from chaos_tests.history import FOREVER_NS, Life, Presence, Recorder, Transfer
+from chaos_tests.history import FOREVER_NS, Fault, Life, Presence, Recorder, Transfer
 from chaos_tests.ports import free_ports
 from chaos_tests.proxy import Link
 from chaos_tests.workload import PASSWORD
@@ -31,9 +31,11 @@ from peer.reports import GetReport, Progress, TrimaranError
 CLI = [sys.executable, "-m", "trimaran"]
 ROOT = Path(__file__).parents[1]
 
+SHARE_SECONDS_MAX = 120.0
 SETTLE_SECONDS = 5.0  # what was just shared is told to the trackers by then
 ANNOUNCED_AGAIN_SECONDS = 12.0
 SMALL_DISK_BYTES = 256 << 20
+LIES = "peer sends wrong bytes"
 PROGRESS_EVERY_NS = 1_000_000_000
 
 
@@ -59,7 +61,6 @@ class Peer:
         self.small_disk = False
         self.process: asyncio.subprocess.Process | None = None
         self.running = asyncio.Event()
-        self.busy = asyncio.Lock()  # one fault at a time
         self.commands: set[asyncio.subprocess.Process] = set()
         self.life: Life | None = None
 
@@ -141,9 +142,21 @@ class Swarm:
         path = self.folder / name
         digest = await asyncio.to_thread(_random_file, path, size_bytes)
         for seeder in seeders:
-            await self.cli(self.peers[seeder], "share", str(path), "--group", self.group, seconds=120)
+            await self.share(self.peers[seeder], path)
         from_ns = self.recorder.now_ns() + int(SETTLE_SECONDS * 1e9)
         self.files[name] = SharedFile(path, digest, size_bytes, seeders, from_ns)
+
+    async def share(self, peer: Peer, path: Path) -> None:
+        """Asking again after a refusal, as a person would while trackers are gone. Raises `CliError`."""
+        until = asyncio.get_running_loop().time() + SHARE_SECONDS_MAX
+        while True:
+            try:
+                await self.cli(peer, "share", str(path), "--group", self.group)
+                return
+            except CliError:
+                if asyncio.get_running_loop().time() > until:
+                    raise
+            await asyncio.sleep(1)
 
     async def forget(self, name: str) -> None:
         """Take a file off the group and off the disks."""
@@ -162,7 +175,9 @@ class Swarm:
                 break
         else:
             raise RuntimeError(f"{peer.name} does not start: {peer.log.read_text(errors='replace')[-500:]}")
-        peer.life = Life(peer_id=peer.peer_id, from_ns=self.recorder.now_ns(), to_ns=FOREVER_NS)
+        peer.life = Life(
+            peer=peer.name, peer_id=peer.peer_id, from_ns=self.recorder.now_ns(), to_ns=FOREVER_NS
+        )
         peer.running.set()
 
     async def _started(self, peer: Peer) -> bool:
@@ -237,7 +252,7 @@ class Swarm:
         finally:
             if peer.alive:
                 from_ns = self.recorder.now_ns() + int(ANNOUNCED_AGAIN_SECONDS * 1e9)
-                peer.life = Life(peer_id=peer.peer_id, from_ns=from_ns, to_ns=FOREVER_NS)
+                peer.life = Life(peer=peer.name, peer_id=peer.peer_id, from_ns=from_ns, to_ns=FOREVER_NS)
 
     # --- downloading ------------------------------------------------------------------------------
 
@@ -339,6 +354,18 @@ class Swarm:
                             Presence(at_ns=now, call_ns=call, peer_id=peer_id, seen=peer_id in seen)
                         )
             await asyncio.sleep(0.5)
+
+    def tell_lies(self, begin_ns: int) -> None:
+        """What the peer that lies has sent since it runs, as a fault that lasted all the time."""
+        for peer in self.peers.values():
+            if peer.lies:
+                lies = peer.log.read_text(errors="replace").count('RIG {"lies"')
+                self.recorder.add(
+                    Fault(
+                        kind=LIES, target=peer.name, begin_ns=begin_ns, end_ns=self.recorder.now_ns(), bit=lies > 0,
+                        detail=f"{lies} stretches garbled under intact TLS",
+                    )
+                )  # fmt: skip
 
     async def tear_down(self) -> None:
         for peer in self.peers.values():

@@ -279,20 +279,19 @@ class World:
             await asyncio.sleep(0.1)
 
 
+def path_of(key: str) -> str:
+    """What the log calls it."""
+    kind, group, subject = key.split(":", 2)
+    return f"/groups/{group}/{'files' if kind == 'file' else 'members'}/{subject}"
+
+
 def trace(operation: Operation) -> tuple[str, str] | None:
     """What an acknowledged write must have left in the log: (path, event type)."""
-    kind, group, subject = operation.key.split(":", 2)
-    if kind == "file":
-        path = f"/groups/{group}/files/{subject}"
-        return (
-            (path, {"publish": "file.published", "remove": "file.removed"}[operation.name])
-            if operation.name != "replace"
-            else None
-        )
-    path = f"/groups/{group}/members/{subject}"
-    return {
-        "accept": (path, "member.added"), "kick": (path, "member.removed"), "leave": (path, "member.removed"),
+    left = {
+        "publish": "file.published", "remove": "file.removed", "accept": "member.added", "kick": "member.removed",
+        "leave": "member.removed",
     }.get(operation.name)  # fmt: skip
+    return (path_of(operation.key), left) if left else None
 
 
 def fold(event: dict[str, Any]) -> tuple[str, Any] | None:

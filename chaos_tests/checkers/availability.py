@@ -3,11 +3,14 @@ writes, and downloads."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from chaos_tests.checkers.verdict import Verdict, held, violated
 from chaos_tests.history import History, Operation
 
 AGAIN_WITHIN_SECONDS = 5.0  # a leader is found by then, so writes are acknowledged from then on
 PROGRESS_LAG_SECONDS = 4.0  # how long the rig's reading of a download may be behind
+RECOVERED_SECONDS = 5.0  # a download goes on again by then after something was done to a peer
 
 
 def check_minority_gone(history: History, kind: str) -> Verdict:
@@ -27,10 +30,14 @@ def check_minority_gone(history: History, kind: str) -> Verdict:
     return held(name, checked)
 
 
-def check_majority_gone(history: History, kind: str) -> Verdict:
-    """No write is acknowledged; a node that lives says so itself, before the client gives up; downloads go on."""
+def check_majority_gone(
+    history: History, kind: str, peers_faults: Collection[str] = (), must_see_downloads: bool = False
+) -> Verdict:
+    """No write is acknowledged; a node that lives says so itself, before the client gives up; downloads go on. Whether
+    they do is judged when nothing was done to a peer at the same time (`peers_faults`), and if that was never, the
+    check cannot tell."""
     name = "honest without a majority"
-    checked = 0
+    checked = judged = 0
     for fault in history.faults:
         if fault.kind != kind or not fault.bit:
             continue
@@ -51,9 +58,22 @@ def check_majority_gone(history: History, kind: str) -> Verdict:
                 f"no living node answered any of {len(living)} writes with {fault.target} gone",
                 begin,
             )
-        if _moved_bytes(history, begin, end) == 0:
+        moved = None if _peers_hurt(history, peers_faults, begin, end) else _moved_bytes(history, begin, end)
+        if moved == 0:
             return violated(name, checked, f"no download went on with {fault.target} gone", begin)
-    return held(name, checked)
+        judged += moved is not None
+    if must_see_downloads and not judged:
+        message = "no download was under way with all peers well while a majority was gone"
+        return Verdict(name=name, result="unknown", checked=checked, message=message)
+    return held(name, checked, f"downloads went on {judged} times of {judged}")
+
+
+def _peers_hurt(history: History, kinds: Collection[str], begin_ns: int, end_ns: int) -> bool:
+    recovered_ns = int(RECOVERED_SECONDS * 1e9)
+    return any(
+        fault.kind in kinds and fault.begin_ns < end_ns and fault.end_ns + recovered_ns > begin_ns
+        for fault in history.faults
+    )
 
 
 def _writes(operations: list[Operation]) -> list[Operation]:

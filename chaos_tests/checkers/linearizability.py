@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
 
 from chaos_tests.checkers.verdict import Verdict, held, violated
 from chaos_tests.history import FOREVER_NS, Operation
@@ -47,54 +48,82 @@ def check(operations: Sequence[Operation], initial: State, step: Step, budget_se
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """Which operations have been taken: all closed ones before `base`, of those from there on the bits of `rest`, and
+    of the open ones those of `open`. Small however long the history is."""
+
+    base: int = 0
+    rest: int = 0
+    open: int = 0
+
+    def with_closed(self, index: int) -> _Taken:
+        rest = self.rest | 1 << (index - self.base)
+        whole = (~rest & (rest + 1)).bit_length() - 1
+        return _Taken(self.base + whole, rest >> whole, self.open)
+
+    def with_open(self, number: int) -> _Taken:
+        return _Taken(self.base, self.rest, self.open | 1 << number)
+
+
 class _Search:
+    """`ordered`: the closed operations by their call, then the open ones."""
+
     def __init__(self, ordered: list[Operation], closed_count: int, step: Step, stop_at: float) -> None:
         self.ordered, self.closed_count, self.step, self.stop_at = ordered, closed_count, step, stop_at
+        self.open = ordered[closed_count:]
         self.best_order: list[int] = []
-        self.best_count = 0
+
+    @property
+    def best_count(self) -> int:
+        return len(self.best_order)
 
     def run(self, initial: State) -> bool | None:
-        ordered, closed_count = self.ordered, self.closed_count
-        closed_mask = (1 << closed_count) - 1
-        seen: set[tuple[int, State]] = {(0, initial)}
-        # Each frame: (taken mask, state, iterator over the operations that may come next).
-        stack = [(0, initial, self._candidates(0))]
+        begin = _Taken()
+        seen: set[tuple[_Taken, State]] = {(begin, initial)}
+        # Each frame: (what is taken, state, iterator over the operations that may come next).
+        stack = [(begin, initial, self._candidates(begin))]
         order: list[int] = []
         rounds = 0
         while stack:
             rounds += 1
             if not rounds & 1023 and time.monotonic() > self.stop_at:
+                self._note(order)
                 return None
             taken, state, candidates = stack[-1]
-            if taken & closed_mask == closed_mask:
+            if taken.base == self.closed_count:
                 return True
             for index in candidates:
-                after = self.step(state, ordered[index])
+                after = self.step(state, self.ordered[index])
                 if after is None:
                     continue
-                mask = taken | 1 << index
-                if (mask, after) in seen:
+                number = index - self.closed_count
+                then = taken.with_closed(index) if number < 0 else taken.with_open(number)
+                if (then, after) in seen:
                     continue
-                seen.add((mask, after))
-                stack.append((mask, after, self._candidates(mask)))
+                seen.add((then, after))
+                stack.append((then, after, self._candidates(then)))
                 order.append(index)
-                if len(order) > self.best_count:
-                    self.best_count, self.best_order = len(order), order.copy()
                 break
             else:
+                self._note(order)
                 stack.pop()
                 if order:
                     order.pop()
-        return closed_count == 0
+        return False
 
-    def _candidates(self, taken: int) -> Iterator[int]:
+    def _note(self, order: list[int]) -> None:
+        """Before going back: the longest good prefix so far."""
+        if len(order) > len(self.best_order):
+            self.best_order = order.copy()
+
+    def _candidates(self, taken: _Taken) -> Iterator[int]:
         """Operations not taken that were called before every untaken closed one ended: a next one must
         not come after the end of another that has yet to be taken."""
         first_end = FOREVER_NS
         found: list[int] = []
-        first_untaken = (~taken & (taken + 1)).bit_length() - 1
-        for index in range(first_untaken, self.closed_count):
-            if taken >> index & 1:
+        for index in range(taken.base, self.closed_count):
+            if taken.rest >> (index - taken.base) & 1:
                 continue
             operation = self.ordered[index]
             if operation.call_ns > first_end:
@@ -102,11 +131,11 @@ class _Search:
             first_end = min(first_end, operation.end_ns)
             found.append(index)
         result = [i for i in found if self.ordered[i].call_ns <= first_end]
-        for index in range(self.closed_count, len(self.ordered)):
-            if self.ordered[index].call_ns > first_end:
+        for number, operation in enumerate(self.open):
+            if operation.call_ns > first_end:
                 break
-            if not taken >> index & 1:
-                result.append(index)
+            if not taken.open >> number & 1:
+                result.append(self.closed_count + number)
         return iter(result)
 
     def stuck_on(self) -> Operation:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from chaos_tests.checkers.verdict import Verdict, held, violated
-from chaos_tests.history import History, Life, Load, Operation, Presence, Transfer
+from chaos_tests.history import Fault, History, Life, Load, Operation, Presence, Transfer
 from chaos_tests.load import NAP_SECONDS
 
 DEADLINE_SLACK_SECONDS = 1.0
@@ -152,8 +152,17 @@ def check_logs(folder: Path) -> Verdict:
     return held(name, len(logs))
 
 
+def check_nodes(faults: list[Fault]) -> Verdict:
+    """No node takes part with a damaged disk, and none ends by itself."""
+    name = "nodes refuse damage, and live otherwise"
+    wrong = next((fault for fault in faults if fault.wrong), None)
+    if wrong is not None:
+        return violated(name, len(faults), wrong.wrong, wrong.begin_ns)
+    return held(name, len(faults))
+
+
 def check_honesty(history: History, operations_per_second_min: float, kinds: set[str]) -> Verdict:
-    """The run was worth something: enough acknowledged work, and every kind of fault bit."""
+    """The run was worth something: enough acknowledged work, and each of these kinds of fault bit."""
     name = "the run bit"
     begun_ns = min(
         (operation.call_ns for operation in history.operations), default=0

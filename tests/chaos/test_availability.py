@@ -73,6 +73,23 @@ def test_downloads_go_on_without_a_majority() -> None:
     assert availability.check_majority_gone(run(answered), KIND).result == "held", "there was none"
 
 
+def test_downloads_are_judged_only_while_no_peer_is_hurt_and_must_be_judged_once() -> None:
+    answered = [write(11, 12)]
+    stuck = transfer((9, 10), (19, 10))
+
+    def result(*more: h.Fault, must: bool = False) -> str:
+        history = run(answered, stuck)
+        history.faults += more
+        return availability.check_majority_gone(history, KIND, {"peer killed"}, must).result
+
+    hurt = h.Fault(kind="peer killed", target="p", begin_ns=12 * S, end_ns=13 * S)
+    before = h.Fault(kind="peer killed", target="p", begin_ns=1 * S, end_ns=4 * S)
+    assert result() == "violated"
+    assert result(hurt) == "held"
+    assert result(hurt, must=True) == "unknown"
+    assert result(before) == "violated"
+
+
 def test_a_traceback_in_any_log_is_seen(tmp_path: Path) -> None:
     (tmp_path / "n1.log").write_text("ready\n")
     assert product.check_logs(tmp_path).result == "held"

@@ -93,6 +93,17 @@ def test_streams_that_differ_on_a_revision_are_a_violation() -> None:
     assert "violated" in [result(v) for v in agreement]
 
 
+def test_a_write_that_took_effect_twice_though_nobody_was_told() -> None:
+    def log_with(*revisions_of_a: int) -> revisions.Log:
+        watched = [message("w", r, value={"manifest_id": "a"}) for r in revisions_of_a]
+        return revisions.log_of(h.History(watched=watched))[0]
+
+    lost = [op(0, "publish", 0, 1, input="a", end="unknown", request_id="x")]
+    assert result(revisions.check_applied_once(lost, log_with())) == "held"
+    assert result(revisions.check_applied_once(lost, log_with(5))) == "held"
+    assert result(revisions.check_applied_once(lost, log_with(5, 8))) == "violated"
+
+
 def test_a_read_must_show_the_log_folded_to_its_revision() -> None:
     log, _ = revisions.log_of(h.History(watched=[message("w", 5, value="a"), message("w", 8, value="b")]))
 
@@ -104,9 +115,27 @@ def test_a_read_must_show_the_log_folded_to_its_revision() -> None:
         op(1, "read", 0, 1, 7, output="a"),
         op(2, "read", 0, 1, 8, output="b"),
     ]
-    assert result(revisions.check_reads(right, log, fold, "")) == "held"
-    assert result(revisions.check_reads([op(0, "read", 0, 1, 8, output="a")], log, fold, "")) == "violated"
-    assert result(revisions.check_reads([op(0, "read", 0, 1, 4, output="a")], log, fold, "")) == "violated"
+
+    def check(*operations: h.Operation, watched: tuple[h.Watched, ...] = ()) -> str:
+        absent = {"file": ""}
+        return result(
+            revisions.check_reads(
+                list(operations), log, fold, absent, lambda key: "/groups/g/files/f", watched
+            )
+        )
+
+    assert check(*right) == "held"
+    assert check(op(0, "read", 0, 1, 8, output="a")) == "violated"
+    assert check(op(0, "read", 0, 1, 4, output="a")) == "violated"
+    # Between 5 and 8 nobody was told what happened: a read in there says nothing, those around it do.
+    gap = (message("w", 5), message("w", 8, resumed=True))
+    assert check(op(0, "read", 0, 1, 7, output="c"), watched=gap) == "held"
+    assert check(op(0, "read", 0, 1, 5, output="c"), watched=gap) == "violated"
+    assert check(op(0, "read", 0, 1, 8, output="c"), watched=gap) == "violated"
+    assert (
+        check(op(0, "read", 0, 1, 7, output="c"), watched=(*gap, message("v", 5), message("v", 8)))
+        == "violated"
+    )
 
 
 @pytest.mark.parametrize(
@@ -136,6 +165,19 @@ def test_two_leaders_of_one_term() -> None:
         result(cluster.check_leaders([sample("a", 0, "leader", 3), sample("b", 9, "leader", 3)]))
         == "violated"
     )
+
+
+def test_a_leader_that_never_said_so_but_sent_entries() -> None:
+    samples = [sample("a", 0, "leader", 3), sample("b", 9, "led", 3)]
+    assert result(cluster.check_leaders(samples)) == "violated"
+    assert result(cluster.check_leaders([samples[0], sample("a", 9, "led", 3)])) == "held"
+
+
+def test_a_node_that_took_part_with_damage_or_ended() -> None:
+    fault = h.Fault(kind="flipped bit", target="n2", begin_ns=S, end_ns=2 * S, bit=True)
+    assert result(product.check_nodes([fault])) == "held"
+    fault.wrong = "n2 took part with a flipped bit in its journal"
+    assert result(product.check_nodes([fault])) == "violated"
 
 
 def test_different_digests_at_one_revision() -> None:

@@ -123,6 +123,20 @@ def test_a_thousand_operations_of_five_clients_are_checked_in_time() -> None:
     assert lin.check(operations, lin.ABSENT, lin.file_model, 20).result == "held"
 
 
+def test_many_hours_of_one_key_are_checked_in_time() -> None:
+    """What is kept of each step must not grow with the history."""
+    operations, value = [], lin.ABSENT
+    for number in range(0, 40_000, 4):
+        at = number * 10
+        operations.append(op(number, "read", at, at + 9, output=value))
+        if number % 400 == 0:
+            operations.append(op(number + 1, "replace", at, 0, f"lost {number}", end="unknown"))
+        value = f"v{number}"
+        operations.append(op(number + 2, "replace", at + 10, at + 18, value))
+        operations.append(op(number + 3, "read", at + 12, at + 30, output=value))
+    assert lin.check(operations, lin.ABSENT, lin.file_model, 30).result == "held"
+
+
 def test_membership_refusals_are_observations() -> None:
     def step(number: int, name: str, at: int, end: str = "ok", output: object = None) -> Operation:
         return op(number, name, at, at + 1, "", end, output)
