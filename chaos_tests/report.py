@@ -6,17 +6,20 @@ good prefix. Made on every run, good or bad; people who would rather look than r
 from __future__ import annotations
 
 import html
+import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from chaos_tests.checkers.cluster import LED
 from chaos_tests.checkers.verdict import Verdict, held
-from chaos_tests.history import FOREVER_NS, History, Operation
+from chaos_tests.history import FOREVER_NS, History, Operation, Transfer
 
 WIDTH, LEFT, LANE, GAP, LABEL = 1400, 270, 16, 3, 46
 END_COLOURS = {"ok": "#3a9d5d", "refused": "#7fb4d8", "fail": "#c9c9c9", "unknown": "#e8a33d"}
 NODE_COLOURS = ["#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3"]
 ROLE_COLOURS = {"leader": "#2f5d8a", "follower": "#b9cbe0", "candidate": "#e8a33d", "removed": "#777"}
+PEER_COLOUR = "#8a9a5b"
 SILENT_NS = 1_500_000_000
 X = Callable[[int], float]  # nanoseconds to a place on the axis
 STYLE = """
@@ -73,7 +76,8 @@ def _legend() -> str:
         ("#b9cbe0", "it follows"),
         ("#c44e52", "a fault that bit"),
         ("#d8a0a0", "a fault that did not"),
-        ("#a9d5b7", "a download"),
+        (PEER_COLOUR, "a peer can be reached"),
+        ("#a9d5b7", "a download, and how far it is"),
     ]
     swatches = "".join(f"<span><i style='background:{colour}'></i>{told}</span>" for colour, told in colours)
     return f"<p class=legend>{swatches}<br>Hold the pointer over anything to read what it is.</p>"
@@ -143,7 +147,7 @@ def _timeline(history: History, verdicts: Sequence[Verdict]) -> str:
             f'<rect x="{x(fault.begin_ns):.1f}" y="{top}" width="{width:.1f}" height="100%" fill="#f6dede" opacity=".35"/>',
         )
     y = _client_lanes(history, shapes, x, y + 8)
-    y = _transfer_lanes(history, shapes, x, y + 8)
+    y = _peer_lanes(history, shapes, x, y + 8)
     if history.healed_ns:
         shapes.append(
             f'<line x1="{x(history.healed_ns):.1f}" x2="{x(history.healed_ns):.1f}" y1="0" y2="{y}" stroke="#24743f" stroke-dasharray="4 3"/>'
@@ -162,7 +166,7 @@ def _timeline(history: History, verdicts: Sequence[Verdict]) -> str:
 
 def _leader_strip(history: History, shapes: list[str], x: X, y: float) -> float:
     nodes = sorted({sample.node for sample in history.samples})
-    leads = [sample for sample in sorted(history.samples, key=lambda s: s.at_ns) if sample.role == "leader"]
+    leads = [sample for sample in sorted(history.samples, key=lambda s: s.at_ns) if sample.role in LED]
     shapes.append(f'<text x="4" y="{y + 12}">leader and term</text>')
     spans: list[tuple[str, int, int, int]] = []
     for sample in leads:
@@ -189,7 +193,7 @@ def _node_lanes(history: History, shapes: list[str], x: X, y: float) -> float:
         shapes.append(f'<text x="4" y="{y + 12}">{html.escape(node)}</text>')
         spans: list[tuple[str, int, int]] = []
         for sample in history.samples:
-            if sample.node != node or not sample.role:
+            if sample.node != node or sample.role in ("", "led"):
                 continue
             if spans and spans[-1][0] == sample.role and sample.at_ns < spans[-1][2] + SILENT_NS:
                 spans[-1] = (sample.role, spans[-1][1], sample.at_ns)
@@ -226,25 +230,45 @@ def _client_lanes(history: History, shapes: list[str], x: X, y: float) -> float:
     return y
 
 
-def _transfer_lanes(history: History, shapes: list[str], x: X, y: float) -> float:
-    for transfer in history.transfers:
-        shapes.append(
-            f'<text x="4" y="{y + 12}">{html.escape(f"{transfer.peer} {transfer.name}"[:LABEL])}</text>'
-        )
-        good = transfer.got_sha256 and transfer.got_sha256 == transfer.wanted_sha256
-        colour = "#a9d5b7" if good else "#efc0bd"
-        width = max(2.0, x(transfer.end_ns) - x(transfer.begin_ns))
-        shapes.append(
-            f'<rect x="{x(transfer.begin_ns):.1f}" y="{y}" width="{width:.1f}" height="{LANE}" fill="{colour}"/>'
-        )
-        if transfer.progress and transfer.size_bytes:
-            points = " ".join(
-                f"{x(at):.1f},{y + LANE - LANE * done / transfer.size_bytes:.1f}"
-                for at, done in transfer.progress
+def _peer_lanes(history: History, shapes: list[str], x: X, y: float) -> float:
+    """For each peer when it could be reached, and under it its downloads, as many rows as run at once."""
+    names = {life.peer for life in history.lives} | {transfer.peer for transfer in history.transfers}
+    for name in sorted(
+        names, key=lambda name: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", name)]
+    ):
+        shapes.append(f'<text x="4" y="{y + 12}">{html.escape(name[:LABEL])}</text>')
+        lives = [life for life in history.lives if life.peer == name]
+        for life in lives:
+            begin, end = x(life.from_ns), x(life.to_ns)
+            shapes.append(
+                f'<rect x="{begin:.1f}" y="{y}" width="{max(1.0, end - begin):.1f}" height="4" fill="{PEER_COLOUR}"><title>{html.escape(name)} can be reached</title></rect>'
             )
-            shapes.append(f'<polyline points="{points}" fill="none" stroke="#1d5c33" stroke-width="1.5"/>')
-        y += LANE + GAP
+        y += 6 if lives else 0
+        rows: list[float] = []  # where the last bar of each ends
+        for transfer in (t for t in history.transfers if t.peer == name):
+            begin, end = x(transfer.begin_ns), x(transfer.end_ns)
+            row = next((number for number, until in enumerate(rows) if until < begin), len(rows))
+            rows[row : row + 1] = [max(end, begin + 2)]
+            _transfer_bar(transfer, shapes, x, y + row * (LANE + GAP))
+        y += max(1, len(rows)) * (LANE + GAP)
     return y
+
+
+def _transfer_bar(transfer: Transfer, shapes: list[str], x: X, y: float) -> None:
+    good = transfer.got_sha256 and transfer.got_sha256 == transfer.wanted_sha256
+    told = f"{transfer.peer} gets {transfer.name}: {'right bytes' if good else 'did not end well'}"
+    width = max(2.0, x(transfer.end_ns) - x(transfer.begin_ns))
+    shapes.append(
+        f'<rect x="{x(transfer.begin_ns):.1f}" y="{y}" width="{width:.1f}" height="{LANE}" fill="{"#a9d5b7" if good else "#efc0bd"}"><title>{html.escape(told)}</title></rect>'
+    )
+    if transfer.progress and transfer.size_bytes:
+        points = " ".join(
+            f"{x(at):.1f},{y + LANE - LANE * done / transfer.size_bytes:.1f}"
+            for at, done in transfer.progress
+        )
+        shapes.append(
+            f'<polyline points="{points}" fill="none" stroke="#1d5c33" stroke-width="1.5" pointer-events="none"/>'
+        )
 
 
 def _evidence(history: History, verdict: Verdict) -> str:
