@@ -76,6 +76,7 @@ class Download:
         self._shares = Shares(pieces)
         self._budget_pieces = max(1, budget_pieces)
         self._read_bytes_per_second = 0.0
+        self._bytes_per_second = 0.0  # of all who have something that is missing, at the last check
         self._news: Mask = 0
         self._news_at = 0.0  # not before
         self._check_at = 0.0
@@ -388,10 +389,11 @@ class Download:
     # ---- decisions -------------------------------------------------------------------------------------------
 
     def _check_requests(self, now: float) -> None:
-        """Take back what stalls."""
+        """Take back what stalls; measure what everybody sends together."""
         if now < self._check_at:
             return
         self._check_at = now + CHECK_SECONDS
+        self._bytes_per_second = endgame.bytes_per_second(self.roster, self.picker.free, now)
         share = self._read_bytes_per_second / max(1, len(self._requests))
         for request in self._requests:
             silence = now - request.heard_at
@@ -430,7 +432,6 @@ class Download:
         if self._read_bytes_per_second:
             limit = min(limit, max(2, int(2 * self._read_bytes_per_second / self._piece_bytes)))
         slow_below = self._slow_below(now) if len(self._requests) * 2 >= limit else 0.0
-        late = self._seconds_left(now) if self.picker.free_count <= 4 * len(room) + 16 else 0.0
         while room:
             again: list[Source] = []
             for source in room:
@@ -439,7 +440,7 @@ class Download:
                     return
                 if slow_below and source.in_flight and source.bytes_per_second(now) < slow_below:
                     continue
-                if late and self._too_late(source, late, now):
+                if self._too_late(source, now):
                     self.roster.stirred.add(source.peer)
                     continue
                 if not self._give(source, now):
@@ -470,25 +471,17 @@ class Download:
         rates = [s.bytes_per_second(now) for s in self.roster.sources.values() if s.in_flight and s.bytes_got]
         return SLOW_SHARE * sum(rates) / len(rates) if rates else 0.0
 
-    def _seconds_left(self, now: float) -> float:
-        """How long what is missing takes at the present rate; 0 where nothing can be said."""
-        rate = self.bytes_per_second(now)
-        if rate <= 0:
-            return 0.0
-        coming = sum(source.in_flight_bytes for source in self.roster.sources.values() if source.in_flight)
-        return (self.picker.free_count * self._piece_bytes + coming) / rate
-
-    def _too_late(self, source: Source, seconds_left: float, now: float) -> bool:
-        """Whether a piece given to this peer would hold up the end, which others would reach without it."""
-        if not source.bytes_got:
+    def _too_late(self, source: Source, now: float) -> bool:
+        """Whether what is missing would be here without this peer before it had sent one more piece."""
+        if not source.bytes_got or not self._bytes_per_second:
             return False
         finish = source.finish_seconds(now, self._piece_bytes)
-        return finish > 1.5 * seconds_left + 0.1 and any(
-            other is not source
-            and other.in_flight
-            and other.finish_seconds(now, self._piece_bytes) < finish / 2
-            for other in self.roster.sources.values()
-        )
+        if finish * self._bytes_per_second <= self.picker.free_count * self._piece_bytes:
+            return False  # as nearly always: the rest need not be looked at
+        left = endgame.seconds_left(self.roster, self.picker.free, self._piece_bytes, now)
+        if self.roster.leechers:
+            left = endgame.CROWD_RATIO * left + endgame.CROWD_SECONDS
+        return finish > left and endgame.somebody_is_faster(self.roster, source, self._piece_bytes, now)
 
     # ---- what is told ----------------------------------------------------------------------------------------
 

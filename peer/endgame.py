@@ -1,8 +1,8 @@
 """The end of a download: every missing piece is asked for, and some peers hold theirs up. Pure.
 
-Owned here: which of them to ask of another peer as well. The first copy wins, and `peer.download` cancels the others.
-A second copy costs its sender bandwidth that others in the swarm could use, so it is asked for only where it would be
-here well before the first.
+Owned here: how far off it is, who is too slow to be given one more piece before it, and which pieces to ask of
+another peer as well. The first copy wins, and `peer.download` cancels the others. A second copy costs its sender
+bandwidth that others in the swarm could use, so it is asked for only where it would be here well before the first.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
+from peer.bitmap import Mask
 from peer.requests import Requests
 from peer.roster import Roster
 from peer.sources import Request, Source, Stage
@@ -17,6 +18,8 @@ from peer.sources import Request, Source, Stage
 COPIES_MAX: Final = 3  # of one piece
 HELP_RATIO: Final = 1.5  # another copy is asked for where it would be here in two thirds of the time
 HELP_SECONDS: Final = 0.05  # and this much sooner
+CROWD_RATIO: Final = 1.5  # while others download too, rates change often: the end is not as certain
+CROWD_SECONDS: Final = 0.1
 BUDGET_EXTRA_PIECES: Final = 2  # so that slow peers cannot keep the whole budget until the end
 PAUSE_SECONDS: Final = 0.02  # between two looks, at least; and for each request in flight
 PAUSE_SECONDS_PER_REQUEST: Final = 0.001
@@ -25,6 +28,34 @@ PAUSE_SECONDS_PER_REQUEST: Final = 0.001
 def pause_seconds(requests: int) -> float:
     """How long to wait until the next look, with so many requests in flight."""
     return max(PAUSE_SECONDS, PAUSE_SECONDS_PER_REQUEST * requests)
+
+
+def bytes_per_second(roster: Roster, free: Mask, now: float) -> float:
+    """What those send together who may be asked for something of `free`, as it was measured. 0 while nothing was."""
+    return sum(
+        source.bytes_per_second(now)
+        for source in roster.sources.values()
+        if source.bytes_got and source.ready(now) and source.have & free
+    )
+
+
+def seconds_left(roster: Roster, free: Mask, piece_bytes: int, now: float) -> float:
+    """How long what is missing takes at the present rates; 0 where nothing can be said."""
+    rate = bytes_per_second(roster, free, now)
+    coming = sum(source.in_flight_bytes for source in roster.sources.values() if source.in_flight)
+    return (free.bit_count() * piece_bytes + coming) / rate if rate > 0 else 0.0
+
+
+def somebody_is_faster(roster: Roster, slow: Source, piece_bytes: int, now: float) -> bool:
+    """Whether somebody would have sent one more piece in half the time."""
+    finish = slow.finish_seconds(now, piece_bytes) / 2
+    return any(
+        source is not slow
+        and source.bytes_got
+        and source.ready(now)
+        and source.finish_seconds(now, piece_bytes) < finish
+        for source in roster.sources.values()
+    )
 
 
 def copies(

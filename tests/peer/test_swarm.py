@@ -62,7 +62,8 @@ def test_unequal_seeders_give_the_sum_of_their_rates(seed: int) -> None:
         swarm.add_seeder(f"seeder{rate}", up=rate)
     swarm.add("leecher", up=1e6)
     assert swarm.run_until_done(60)
-    assert swarm.size_bytes / swarm.finish_seconds() >= 0.94 * 42e6
+    # What is lost is the start, and at the end no more than a piece of each: none holds up the others.
+    assert swarm.size_bytes / swarm.finish_seconds() >= 0.985 * 42e6
     assert all(peer.sent for peer in swarm.peers.values() if peer.name != "leecher")
 
 
