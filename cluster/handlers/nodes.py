@@ -59,7 +59,9 @@ async def _change(work: Awaitable[_A]) -> _A:
             kinds.OUTCOME_UNKNOWN, str(error), hint="Look at the status, then repeat it if needed."
         ) from None
     except MembershipError as error:
-        raise ProblemError(kinds.CONFLICT, str(error)) from None
+        raise ProblemError(
+            kinds.CONFLICT, str(error), hint="See the nodes, then decide: trimaran cluster status"
+        ) from None
 
 
 async def add_node(service: Service, call: Call) -> t.Done:

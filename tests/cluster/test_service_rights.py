@@ -220,6 +220,7 @@ async def test_membership_changes_say_whether_they_may_have_happened(trackers: T
         "definite",
         "another change is under way",
     )
+    assert "cluster status" in reply.json["hint"], "files and members of groups have nothing to do with it"
     trackers[0].consensus.membership_error = MembershipUnknownError("not confirmed in time")
     reply = await trackers.call("POST", "/v1/cluster/nodes", body=node, key="")
     assert (reply.status, reply.json["outcome"]) == (504, "indefinite")
