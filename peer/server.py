@@ -2,7 +2,8 @@
 
 Owned here: the routes, the order of checks (token, then existence: a stranger learns nothing about what exists),
 upload slots over HTTP, and ending every transfer whose right was withdrawn. Left to others: the decision about a
-token (`access.py`), the choice of a piece and the queue (`sender.py`), moving bytes (`sending.py`), links (`links.py`).
+token (`access.py`), the choice of a piece and the queue (`sender.py`), moving bytes (`sending.py`), links (`links.py`),
+how many connections there may be (`door.py`).
 """
 
 from __future__ import annotations
@@ -28,17 +29,16 @@ from cluster.api.tokens import Claims
 from .access import Access, AccessRefusedError
 from .bitmap import BitmapError, from_wire
 from .content import OpenFiles, SourceGoneError
+from .door import Door, Server
 from .pacer import Pacer
 from .recent import RecentPieces
 from .sender import Busy, UploadQueue
 from .sending import BLOCKED_SECONDS_MAX, CutError, PieceSender, Sending
 from .swarm import Swarm, Swarms
 
-CONNECTIONS_MAX: Final = 1024
 BODY_BYTES_MAX: Final = 1 << 20
 MANIFEST_WRITE_BYTES: Final = 256 * 1024
 QUEUE_SECONDS_MAX: Final = 8.0
-HANDSHAKE_SECONDS: Final = 10.0
 SILENT_SECONDS_MAX: Final = 30.0  # a connection's first request must be whole by then
 BODY_SECONDS_MAX: Final = 10.0
 LOOKED_AT_FIRST_MAX: Final = 4  # files
@@ -109,43 +109,36 @@ class PieceServer:
             ("GET", "link", False): self._open_link,
         }
         self._runner: web.ServerRunner | None = None
-        self._listener: asyncio.Server | None = None
+        self._door: Door | None = None
 
     # --- life -----------------------------------------------------------------------------------
 
     async def start(self, host: str, port: int, tls: ssl.SSLContext | None) -> tuple[str, int]:
         """Listen; returns the address in use. Raises OSError."""
         # aiohttp's server without its application: the routes are few, and a request is a piece (decision 505).
-        server = web.Server(
-            self._answer, handler_cancellation=True, access_log=None, keepalive_timeout=KEPT_SECONDS
+        server = Server(
+            self._answer,
+            lost=lambda connection: door.left(connection),
+            handler_cancellation=True,
+            access_log=None,
+            keepalive_timeout=KEPT_SECONDS,
         )
         self._runner = web.ServerRunner(server, shutdown_timeout=0.5)
         await self._runner.setup()
         self._tls = tls is not None
         loop = asyncio.get_running_loop()
 
-        def connection() -> asyncio.Protocol:
-            # Past the bound the connection is closed at once: those inside keep what they have.
-            if len(server.connections) >= CONNECTIONS_MAX:
-                return _Full()
-            opened = server()
-            self._silent[opened] = loop.call_later(SILENT_SECONDS_MAX, self._end_silent, opened)
-            return opened
+        def opened() -> web.RequestHandler:
+            connection = server()
+            self._silent[connection] = loop.call_later(SILENT_SECONDS_MAX, self._end_silent, connection)
+            return connection
 
-        self._listener = await loop.create_server(
-            connection,
-            host or None,
-            port,
-            ssl=tls,
-            backlog=512,
-            ssl_handshake_timeout=HANDSHAKE_SECONDS if tls else None,
-        )
-        found = self._listener.sockets[0].getsockname()
-        return str(found[0]), int(found[1])
+        self._door = door = Door(opened)
+        return await door.open(host, port, tls)
 
     async def stop(self) -> None:
-        if self._listener is not None:
-            self._listener.close()
+        if self._door is not None:
+            await self._door.close()
         for sending in list(self._sendings):
             sending.cut("this peer is stopping")
         for timer in self._silent.values():
@@ -413,11 +406,6 @@ class PieceServer:
             if request.transport is not None:
                 request.transport.abort()
             return web.Response(status=503)
-
-
-class _Full(asyncio.Protocol):
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        transport.close()
 
 
 class _Sent(web.StreamResponse):

@@ -384,6 +384,63 @@ async def test_who_asks_for_nothing_holds_no_connection(here: Here, monkeypatch:
             writer.transport.abort()
 
 
+async def connected(here: Here, name: str, address: str = "127.0.0.1") -> asyncio.StreamWriter | None:
+    """A connection that was let in and answered, and is kept; None: it was closed."""
+    reader = writer = None
+    try:
+        reader, writer = await asyncio.open_connection(
+            "127.0.0.1", here.port, ssl=here.parties[name].tls, local_addr=(address, 0)
+        )
+        writer.write(b"GET /v1/hello HTTP/1.1\r\nHost: peer\r\n\r\n")
+        await reader.readuntil(b"\r\n\r\n")
+        return writer
+    except (OSError, asyncio.IncompleteReadError):
+        if writer is not None:
+            writer.transport.abort()
+        return None
+
+
+async def test_one_peer_cannot_take_all_connections(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peer.door.PER_PEER_MAX", 3)
+    inside = [await connected(here, "ben") for _ in range(3)]
+    try:
+        assert all(inside)
+        assert await connected(here, "ben") is None
+        inside.append(await connected(here, "dora"))
+        assert inside[-1], "another peer found no room"
+        assert inside[0] is not None
+        inside[0].transport.abort()
+        async with asyncio.timeout(10):
+            while (again := await connected(here, "ben")) is None:
+                await asyncio.sleep(0.02)
+        inside.append(again)
+    finally:
+        for writer in filter(None, inside):
+            writer.transport.abort()
+
+
+async def test_one_address_cannot_take_all_connections(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even by connections that never shake hands."""
+    monkeypatch.setattr("peer.door.PER_ADDRESS_MAX", 4)
+    mute = [
+        await asyncio.open_connection("127.0.0.1", here.port, local_addr=("127.0.0.3", 0)) for _ in range(4)
+    ]
+    try:
+        assert await connected(here, "ben", "127.0.0.3") is None
+        other = await connected(here, "ben", "127.0.0.2")
+        assert other, "another address found no room"
+        other.transport.abort()
+        for _, writer in mute[:2]:
+            writer.transport.abort()
+        async with asyncio.timeout(10):
+            while (again := await connected(here, "ben", "127.0.0.3")) is None:
+                await asyncio.sleep(0.02)
+        again.transport.abort()
+    finally:
+        for _, writer in mute:
+            writer.transport.abort()
+
+
 async def no_connection_is_left(here: Here) -> None:
     runner = here.server._runner
     assert runner is not None
