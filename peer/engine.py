@@ -1,8 +1,7 @@
 """The engine: one peer's parts put together, and the news between them passed on.
 
-Owned here: making and ending the parts, who hears what (links and trackers to downloads, downloads to trackers),
-rates, and the watchdog over the event loop. Left to others: sharing (`sharing.py`), downloads (`getting.py`),
-everything below.
+Owned here: making and ending the parts, who hears what (links and trackers to downloads, downloads to trackers), and
+rates. Left to others: sharing (`sharing.py`), downloads (`getting.py`), everything below.
 
 All of it belongs to one event loop. Hashing and writing of pieces have an executor of their own, so that long jobs
 (hashing a share, verifying, syncing) do not hold up pieces.
@@ -33,6 +32,7 @@ from .driver import DownloadDriver
 from .fetch import BufferPool, Fetcher
 from .frames import LoadFrame, PexPeer
 from .getting import Getting
+from .holding import holding
 from .home import Home
 from .identity import Identity
 from .links import Link, Links
@@ -49,7 +49,7 @@ from .trouble import not_signed_in
 
 log = logging.getLogger("trimaran.peer")
 
-WATCHDOG_SECONDS: Final = 0.04
+EXPIRY_SECONDS: Final = 1.0  # between looks for pieces in memory that nobody wants any more
 FIND_SECONDS_MIN: Final = 1.0
 REPORT_SECONDS_MAX: Final = 2.0
 
@@ -116,8 +116,7 @@ class Engine:
             user=self.user,
         )
         self.listen_address = ""
-        self.longest_block_seconds = 0.0
-        self._watchdog: asyncio.Task[None] | None = None
+        self._holding = holding()
         self._finding: dict[str, float] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._reports: set[asyncio.Task[None]] = set()
@@ -160,7 +159,9 @@ class Engine:
             scheme, found_host, found_port, self._tracker_hosts()
         )
         await self.links.start()
-        self._watchdog = asyncio.create_task(self._watch_loop())
+        if self._holding is not None:
+            self._holding.begin()
+        self.later(self._expire_recent())
         await self.sharing.restore()
         self.later(self.sharing.look_now_and_then())
         await self.agent.start()
@@ -179,8 +180,6 @@ class Engine:
         await self.server.stop()
         self.files.close()
         self.pool.clear()
-        if self._watchdog is not None:
-            self._watchdog.cancel()
         self.pieces.shutdown(wait=False, cancel_futures=True)
         self.long.shutdown(wait=False, cancel_futures=True)
 
@@ -213,16 +212,15 @@ class Engine:
                 found.append((parts.hostname, parts.port or 443))
         return found
 
-    async def _watch_loop(self) -> None:
-        loop = asyncio.get_running_loop()
+    async def _expire_recent(self) -> None:
         while True:
-            self.recent.expire(loop.time())
-            before, queued = loop.time(), _queued_seconds()
-            await asyncio.sleep(WATCHDOG_SECONDS)
-            late = loop.time() - before - WATCHDOG_SECONDS
-            if late > self.longest_block_seconds:
-                late -= _queued_seconds() - queued  # other programs had the processor: no doing of ours
-                self.longest_block_seconds = max(self.longest_block_seconds, late)
+            await asyncio.sleep(EXPIRY_SECONDS)
+            self.recent.expire(asyncio.get_running_loop().time())
+
+    @property
+    def longest_block_seconds(self) -> float:
+        """The longest hold of the event loop since the start; 0 in a loop that does not measure it."""
+        return self._holding.longest_seconds if self._holding is not None else 0.0
 
     # --- rates ----------------------------------------------------------------------------------
 
@@ -371,15 +369,6 @@ class Engine:
         for group, names in swarm.offers.items():
             for name in names:
                 self.agent.hold((group, name, swarm.manifest_id), swarm.held_pieces, complete=swarm.complete)
-
-
-def _queued_seconds() -> float:
-    """For how long this thread was ready to run and had no processor, so far; 0 where the kernel does not say."""
-    try:
-        with open("/proc/thread-self/schedstat", "rb", buffering=0) as told:
-            return int(told.read(64).split()[1]) / 1e9
-    except (OSError, IndexError, ValueError):
-        return 0.0
 
 
 def tell_swarm(driver: DownloadDriver, peers: Iterable[t.SwarmPeer], me: str) -> None:

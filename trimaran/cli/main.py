@@ -96,6 +96,8 @@ def run_async(work: Awaitable[Any]) -> Any:
     """Run to the end. Ctrl-C, SIGTERM and a closed terminal cancel the work, which ends itself tidily."""
     import asyncio
 
+    from peer.holding import HoldingLoop
+
     async def until_done() -> Any:
         task = asyncio.current_task()
         assert task is not None
@@ -118,7 +120,7 @@ def run_async(work: Awaitable[Any]) -> Any:
         # means us.
         signal.signal(signal.SIGINT, signal.default_int_handler)
     coroutine: Coroutine[Any, Any, Any] = until_done()
-    with asyncio.Runner() as runner:
+    with asyncio.Runner(loop_factory=HoldingLoop) as runner:
         return runner.run(coroutine)
 
 
