@@ -3,7 +3,7 @@
 Owned here: the routes, the order of checks (token, then existence: a stranger learns nothing about what exists),
 upload slots over HTTP, and ending every transfer whose right was withdrawn. Left to others: the decision about a
 token (`access.py`), the choice of a piece and the queue (`sender.py`), moving bytes (`sending.py`), links (`links.py`),
-how many connections there may be (`door.py`).
+manifests (`manifest_sending.py`), how many connections there may be (`door.py`).
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from .access import Access, AccessRefusedError
 from .bitmap import BitmapError, from_wire
 from .content import OpenFiles, SourceGoneError
 from .door import Door, Server
+from .manifest_sending import ManifestsBusyError, ManifestSender
 from .pacer import Pacer
 from .recent import RecentPieces
 from .sender import Busy, UploadQueue
-from .sending import BLOCKED_SECONDS_MAX, CutError, PieceSender, Sending
+from .sending import CutError, PieceSender, Sending
 from .swarm import Swarm, Swarms
 
 BODY_BYTES_MAX: Final = 1 << 20
-MANIFEST_WRITE_BYTES: Final = 256 * 1024
 QUEUE_SECONDS_MAX: Final = 8.0
 SILENT_SECONDS_MAX: Final = 30.0  # a connection's first request must be whole by then
 BODY_SECONDS_MAX: Final = 10.0
@@ -95,6 +95,7 @@ class PieceServer:
         self._up = up
         self._recent = recent
         self._sender = PieceSender(files, executor, up, self.queue.moved)
+        self._manifests = ManifestSender(up, access.seconds_left)
         self._sendings: set[Sending] = set()
         self._tickets = itertools.count(1)
         self._granted: dict[int, asyncio.Future[None]] = {}
@@ -155,14 +156,19 @@ class PieceServer:
     def recheck(self) -> None:
         """Something was withdrawn: end every transfer whose right is gone."""
         for sending in list(self._sendings):
-            swarm = self._swarms.get(sending.manifest_id)
-            if (
-                swarm is None
-                or not swarm.offered_to(sending.claims.group)
-                or sending.claims.peer_id in swarm.banned
-                or not self._access.allows(sending.claims, sending.manifest_id)
-            ):
+            if not self._allowed(sending.claims, sending.manifest_id):
                 sending.cut("the right was withdrawn")
+        self._manifests.recheck(self._allowed)
+
+    def _allowed(self, claims: Claims, manifest_id: str) -> bool:
+        """Whether what was allowed at its beginning still is."""
+        swarm = self._swarms.get(manifest_id)
+        return (
+            swarm is not None
+            and swarm.offered_to(claims.group)
+            and claims.peer_id not in swarm.banned
+            and self._access.allows(claims, manifest_id)
+        )
 
     @property
     def sendings(self) -> int:
@@ -230,20 +236,14 @@ class PieceServer:
         raise _Refusal(404, "no-such-path", "There is nothing here.")
 
     async def _manifest(self, request: web.BaseRequest, manifest_id: str, index: int) -> web.StreamResponse:
-        _, swarm = self._admit(request, manifest_id)
+        claims, swarm = self._admit(request, manifest_id)
         file = self._manifest_file(swarm.manifest_id)
         if not file.is_file():
             raise _Refusal(404, "not-held", "This peer does not hold that for this group.")
-        # Not a FileResponse: over TLS its sendfile fallback fails with an error of its own when the asker goes away.
-        data = memoryview(await asyncio.to_thread(file.read_bytes))
-        response = web.StreamResponse(headers={"Content-Type": "application/msgpack"})
-        response.content_length = len(data)
-        await response.prepare(request)
-        for start in range(0, len(data), MANIFEST_WRITE_BYTES):
-            async with asyncio.timeout(BLOCKED_SECONDS_MAX):  # who takes nothing is dropped
-                await response.write(data[start : start + MANIFEST_WRITE_BYTES])
-        await response.write_eof()
-        return response
+        try:
+            return await self._manifests.send(request, claims, manifest_id, file)
+        except ManifestsBusyError:
+            raise _Refusal(429, "busy", "Too many manifests are being sent.", 1.0) from None
 
     async def _piece(self, request: web.BaseRequest, manifest_id: str, index: int) -> web.StreamResponse:
         claims, swarm = self._admit(request, manifest_id)

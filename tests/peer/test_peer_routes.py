@@ -29,6 +29,7 @@ from peer.bitmap import full_mask
 from peer.content import Content, OpenFiles
 from peer.fetch import BufferPool
 from peer.hashing import Hashing, scan
+from peer.manifest_sending import PER_PEER_MAX
 from peer.pacer import Pacer
 from peer.recent import RecentPieces
 from peer.server import NextBody, PieceServer
@@ -125,7 +126,7 @@ class Here:
 
 @pytest.fixture
 async def here(tmp_path: Path) -> AsyncIterator[Here]:
-    """ada's peer shares a file with boats. ben is a member; carl was kicked; dora is in ships alone."""
+    """ada's peer shares a file with boats. ben and eve are members; carl was kicked; dora is in ships alone."""
     root, other_root = ClusterAuthority.make("ours"), ClusterAuthority.make("theirs")
     ca = tmp_path / "ca.pem"
     ca.write_text(root.pem)
@@ -136,7 +137,7 @@ async def here(tmp_path: Path) -> AsyncIterator[Here]:
         return PeerAuthority(certificates.parse_certificate(pem), key)
 
     peers = peer_authority(root)
-    parties = {name: Party(name, tmp_path, ca, peers) for name in ("ada", "ben", "carl", "dora")}
+    parties = {name: Party(name, tmp_path, ca, peers) for name in ("ada", "ben", "carl", "dora", "eve")}
     parties["nobody"] = Party("nobody", tmp_path, ca, None)
     parties["stranger"] = Party("stranger", tmp_path, ca, peer_authority(other_root))
     source = tmp_path / "hull.bin"
@@ -348,7 +349,7 @@ async def test_who_takes_no_manifest_holds_no_connection(
     here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A member that asks for a large manifest and does not read it is dropped."""
-    monkeypatch.setattr("peer.server.BLOCKED_SECONDS_MAX", 0.2)
+    monkeypatch.setattr("peer.manifest_sending.BLOCKED_SECONDS_MAX", 0.2)
     (tmp_path / here.manifest_id).write_bytes(bytes(32 << 20))
     reader, writer = await asyncio.open_connection("127.0.0.1", here.port, ssl=here.parties["ben"].tls)
     try:
@@ -360,6 +361,60 @@ async def test_who_takes_no_manifest_holds_no_connection(
         await no_connection_is_left(here)
     finally:
         writer.transport.abort()
+
+
+async def asking_for_the_manifest(
+    here: Here, name: str
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, int]:
+    """A request for the manifest, its answer's head read: the status, and the body is still to come."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", here.port, ssl=here.parties[name].tls)
+    writer.write(
+        f"GET /v1/swarms/{here.manifest_id}/manifest HTTP/1.1\r\nHost: peer\r\n"
+        f"Authorization: Bearer {here.token(name)}\r\n\r\n".encode()
+    )
+    head = await reader.readuntil(b"\r\n\r\n")
+    return reader, writer, int(head.split()[1])
+
+
+async def test_a_manifest_ends_with_the_right_to_it(here: Here, tmp_path: Path) -> None:
+    """A large one that is on its way when its reader is removed goes no further."""
+    here.server._up.set_rate(1 << 20, asyncio.get_running_loop().time())
+    (tmp_path / here.manifest_id).write_bytes(bytes(32 << 20))
+    reader, writer, status = await asking_for_the_manifest(here, "ben")
+    try:
+        assert status == 200
+        assert await reader.readexactly(1 << 16)
+        here.access.revocations.add("boats", EPOCH + 1, user="ben")
+        here.server.recheck()
+        withdrawn = now_ms()
+        with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+            async with asyncio.timeout(10):
+                await reader.readexactly(32 << 20)
+        assert now_ms() - withdrawn < 1000
+    finally:
+        writer.transport.abort()
+
+
+async def test_manifests_are_sent_to_each_a_few_at_a_time(here: Here, tmp_path: Path) -> None:
+    """They need no slot, and are no way to fill this peer's memory and link."""
+    here.server._up.set_rate(1 << 20, asyncio.get_running_loop().time())
+    (tmp_path / here.manifest_id).write_bytes(bytes(32 << 20))
+    writers = []
+    try:
+        for _ in range(PER_PEER_MAX):
+            _, writer, status = await asking_for_the_manifest(here, "ben")
+            writers.append(writer)
+            assert status == 200
+        _, writer, status = await asking_for_the_manifest(here, "ben")
+        writers.append(writer)
+        assert status == 429
+        (tmp_path / here.manifest_id).write_bytes(b"small")
+        asked = requests(here.manifest_id)["/v1/swarms/{manifest_id}/manifest"]
+        eve = here.token("eve")
+        assert (await here.ask(asked, here.parties["eve"].tls, eve))[0] == 200, "others need not wait for it"
+    finally:
+        for writer in writers:
+            writer.transport.abort()
 
 
 async def test_who_asks_for_nothing_holds_no_connection(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
