@@ -73,8 +73,11 @@ class Access:
         return (
             claims.expires_at_ms > self._wall_ms()
             and not self.revocations.covers(claims, manifest_id)
-            and claims.peer_id not in self.quarantined.get(claims.group, ())
+            and not self.in_quarantine(claims.group, claims.peer_id)
         )
+
+    def in_quarantine(self, group: str, peer_id: str) -> bool:
+        return peer_id in self.quarantined.get(group, ())
 
     def seconds_left(self, claims: Claims) -> float:
         """Until the claims end by themselves; 0 when they have."""

@@ -25,7 +25,7 @@ from .reports import Exit, OnProgress, State, TrimaranError
 from .store import PartStore, conflict, private_names, same_content
 from .telling import waiting_for_manifest
 from .transfer import Course, Transfer
-from .trouble import away, of_tracker
+from .trouble import away, in_quarantine, of_tracker
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -75,11 +75,18 @@ class Beginning:
         self, file: t.FileView, on_progress: OnProgress, *, patience_seconds: float | None
     ) -> Manifest:
         """From a peer that has it; see `ManifestFetcher.fetch`."""
+        engine = self._engine
+
+        def waiting(reason: str) -> None:
+            if engine.access.in_quarantine(file.group, engine.peer_id):
+                raise in_quarantine(file.group, engine.peer_id)
+            on_progress(waiting_for_manifest(file, reason))
+
         try:
             return await self._manifests.fetch(
                 file,
-                self._engine.agent.token,
-                lambda reason: on_progress(waiting_for_manifest(file, reason)),
+                engine.agent.token,
+                waiting,
                 patience_seconds=patience_seconds,
             )
         except ManifestError as error:

@@ -291,6 +291,7 @@ class Engine:
     def rights_changed(self) -> None:
         self.server.recheck()
         self.links.recheck()
+        self.getting.rights_changed()
 
     def file_removed(self, group: str, name: str) -> None:
         self.sharing.file_removed(group, name)

@@ -28,6 +28,7 @@ from .swarm import Swarm
 from .telling import progress_of, row_of_share, row_of_transfer, sources
 from .tracker_agent import FactKey
 from .transfer import Course, Transfer
+from .trouble import in_quarantine
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -332,6 +333,14 @@ class Getting:
         for transfer in list(self.transfers.values()):
             if (transfer.record.group, transfer.record.name) == (group, name):
                 self._fail(transfer, "it was taken off the group")
+
+    def rights_changed(self) -> None:
+        """What runs in a group where this peer is in quarantine ends, and says so: nobody would serve it."""
+        engine = self._engine
+        for transfer in list(self.transfers.values()):
+            if transfer.running and engine.access.in_quarantine(transfer.record.group, engine.peer_id):
+                transfer.error = in_quarantine(transfer.record.group, engine.peer_id)
+                engine.later(self._stop(transfer, State.FAILED, "this peer is in quarantine in the group"))
 
     def _fail(self, transfer: Transfer, reason: str) -> None:
         transfer.error = TrimaranError(

@@ -54,8 +54,8 @@ class ManifestFetcher:
         *,
         patience_seconds: float | None,
     ) -> Manifest:
-        """The manifest of a group's file. Waits for a peer that has it, saying so; for at most `patience_seconds` while
-        there is none at all. Raises ManifestError when it cannot be used or contradicts the group's entry,
+        """The manifest of a group's file. Waits for a peer that has it, saying so (`waiting`, which may raise to end it);
+        for at most `patience_seconds` while there is none at all. Raises ManifestError when it cannot be used or contradicts the group's entry,
         TrimaranError."""
         kept = await asyncio.to_thread(self._kept, file.manifest_id)
         if kept is not None:

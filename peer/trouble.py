@@ -107,6 +107,17 @@ def not_signed_in() -> TrimaranError:
     )
 
 
+def in_quarantine(group: str, peer_id: str) -> TrimaranError:
+    return TrimaranError(
+        f"This peer is in quarantine in {group}: several members reported that it sent wrong pieces. It gets and "
+        "gives nothing there.",
+        exit_code=Exit.DENIED,
+        code="quarantined",
+        hint="What was fetched is kept. Check this machine's disk and memory, then ask an admin of the group: "
+        f"trimaran group quarantine {group} --lift {peer_id}",
+    )
+
+
 def of_system(error: OSError) -> TrimaranError | None:
     """An error of the operating system that a person can act on; None for one that nobody expected."""
     where = f" ({error.filename})" if error.filename else ""

@@ -14,7 +14,7 @@ from conftest import Insistent, Peers, get, share, until
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from cluster.api.tokens import Claims, sign_token
-from peer.reports import Exit, State, TrimaranError
+from peer.reports import Exit, Limits, State, TrimaranError
 from peer.server import NextBody
 from peer.session import LocalSession
 
@@ -211,6 +211,58 @@ async def test_who_left_shares_nothing_with_the_group(peers: Peers, tmp_path: Pa
     with pytest.raises(TimeoutError):  # it waits for somebody who has it
         async with asyncio.timeout(2):
             await get(ada, "mine.bin", tmp_path / "there")
+
+
+async def quarantine(peers: Peers, session: LocalSession, name: str, manifest_id: str) -> None:
+    """Three members report a peer for what it shares."""
+    for witness in ("wim", "wanda", "wes"):
+        await peers.account(witness)
+        body = {
+            "name": name,
+            "manifest_id": manifest_id,
+            "peer_id": session._identity.peer_id,
+            "fault": "bad_piece",
+        }
+        reply = await peers.trackers.call(
+            "POST", "/v1/groups/boats/reports", body=body, session=await peers.trackers.login(witness)
+        )
+        assert reply.status == 200, reply.body
+
+
+async def test_a_peer_in_quarantine_is_told_so_and_gets_on_when_it_is_lifted(
+    peers: Peers, tmp_path: Path
+) -> None:
+    source, other, bens = tmp_path / "hull.bin", tmp_path / "other.bin", tmp_path / "bens.bin"
+    source.write_bytes(os.urandom(8 << 20))
+    other.write_bytes(os.urandom(1 << 20))
+    bens.write_bytes(os.urandom(1000))
+    ada, ben = await peers.open("ada", up_bytes_per_second=1 << 20), await peers.open("ben")
+    await share(ada, source)
+    await share(ada, other)
+    mine = await share(ben, bens)
+    getting = asyncio.create_task(get(ben, "hull.bin", tmp_path / "there"))
+    async with asyncio.timeout(10):
+        while not any(row.done_bytes for row in await ben.ps() if row.name == "hull.bin"):
+            await asyncio.sleep(0.01)
+    await quarantine(peers, ben, "bens.bin", mine.manifest_id)
+    async with asyncio.timeout(10):  # neither the running one nor a new one waits for good
+        for getting_one in (getting, get(ben, "other.bin", tmp_path / "there")):
+            with pytest.raises(TrimaranError) as refused:
+                await getting_one
+            assert (refused.value.exit_code, refused.value.code) == (Exit.DENIED, "quarantined")
+            assert f"--lift {ben._identity.peer_id}" in refused.value.hint
+    (row,) = [row for row in await ben.ps() if row.name == "hull.bin"]
+    assert (row.state, "quarantine" in row.reason) == (State.FAILED, True)
+    path = f"/v1/groups/boats/quarantine/{ben._identity.peer_id}"
+    assert (await peers.trackers.call("DELETE", path, session=peers.owner)).status == 200
+    engine = ben._engine
+    assert engine is not None
+    await until(lambda: not engine.access.in_quarantine("boats", ben._identity.peer_id))
+    assert ada._engine is not None
+    ada._engine.set_limits(Limits())
+    async with asyncio.timeout(30):
+        await get(ben, "hull.bin", tmp_path / "there")
+    assert (tmp_path / "there/hull.bin").read_bytes() == source.read_bytes()
 
 
 async def test_signing_in_and_out(peers: Peers) -> None:
