@@ -2,7 +2,7 @@
 
 Real: every peer's `Download`, `SendersChoice` and `UploadQueue`. Modelled: links (upload and download rates, one-way
 delay; the flows of a peer share its link evenly, and a flow moves at the lesser of its two shares), the tracker
-(tells who is in the swarm, may be away), hashing (a fixed delay), lies and deaths. No bytes exist: a piece is a number.
+(tells who is in the swarm, gives tokens, may be away), hashing (a fixed delay), lies and deaths. No bytes exist: a piece is a number.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ UNLIMITED = 1e12
 HASH_BYTES_PER_SECOND = 1.5e9
 PROGRESS_SECONDS = 0.2
 HEADER_BYTES = 300
+TOKEN_RETRY_SECONDS = 10.0  # while no tracker answers
 
 
 @dataclass(eq=False)
@@ -71,6 +72,7 @@ class SimPeer:
     reports: list[ev.ReportPeer] = field(default_factory=list)
     drive_planned: bool = False
     wake_version: int = 0
+    token_until: float = float("inf")
 
     def __post_init__(self) -> None:
         sim = self.sim
@@ -97,18 +99,22 @@ class Swarm:
         piece_bytes: int | None = None,
         memory_bytes: int = 128 << 20,
         load_seconds: float = 0.0,
+        token_seconds: float = 0.0,
     ) -> None:
+        """`token_seconds`: how long a token counts; 0: for ever."""
         self.size_bytes = size_bytes
         self.piece_bytes = piece_bytes or piece_bytes_for(size_bytes)
         self.pieces = -(-size_bytes // self.piece_bytes)
         self.seed = seed
         self.memory_bytes = memory_bytes
         self.load_seconds = load_seconds
+        self.token_seconds = token_seconds
         self.rng = random.Random(seed)
         self.now = 0.0
         self.peers: dict[str, SimPeer] = {}
         self.tracker_up = True
         self.events = 0
+        self.late_bytes = 0.0  # that were sent to a peer after its token had ended
         self.unfinished = 0  # living peers that have not everything
         self._heap: list[tuple[float, int, Callable[..., None], tuple[object, ...]]] = []
         self._sequence = 0
@@ -125,10 +131,10 @@ class Swarm:
         while self._heap:
             if until():
                 return True
-            when, _, act, arguments = heapq.heappop(self._heap)
-            if when > limit_seconds:
+            if self._heap[0][0] > limit_seconds:
                 self.now = limit_seconds
                 return until()
+            when, _, act, arguments = heapq.heappop(self._heap)
             self.now = when
             self.events += 1
             act(*arguments)
@@ -160,6 +166,8 @@ class Swarm:
         self.peers[name] = peer
         if self.load_seconds:
             self.at(self.now + self.load_seconds, self._declare, peer)
+        if self.token_seconds:
+            self._renew(peer)
         self._announce(peer)
         self._drive_soon(peer)
         return peer
@@ -179,6 +187,27 @@ class Swarm:
         for other in self.peers.values():
             if other is not peer and other.alive:
                 self._feed(peer, ev.PeerJoined(other.name, ("x",), other.download.done))
+
+    def _renew(self, peer: SimPeer) -> None:
+        """A token, renewed at half its life; while no tracker answers, asked for again and again."""
+        if not peer.alive:
+            return
+        if not self.tracker_up:
+            self.at(self.now + TOKEN_RETRY_SECONDS * (0.7 + 0.6 * self.rng.random()), self._renew, peer)
+            return
+        peer.token_until = self.now + self.token_seconds
+        self._feed(peer, ev.TokenRenewed())
+        self.at(self.now + self.token_seconds / 2, self._renew, peer)
+        self.at(peer.token_until, self._token_ends, peer)
+
+    def _token_ends(self, peer: SimPeer) -> None:
+        """Unless it was renewed: the peer knows, and whoever sends to it stops."""
+        if peer.token_until > self.now or not peer.alive:
+            return
+        self._feed(peer, ev.TokenExpired())
+        for flow in list(peer.receiving):
+            self._cancel_at_server(flow)
+            self._answer(flow, ev.PieceFailed(flow.request, Failure.GONE))
 
     def tracker(self, up: bool) -> None:
         self.tracker_up = up
@@ -346,6 +375,9 @@ class Swarm:
         if not server.alive:
             self._break(flow, Failure.GONE)
             return
+        if flow.asker.token_until <= self.now:
+            self._break(flow, Failure.REFUSED)
+            return
         if flow.index >= 0 and not server.download.have >> flow.index & 1:
             self._break(flow, Failure.NOT_HELD)
             return
@@ -364,6 +396,11 @@ class Swarm:
 
     def _begin(self, flow: Flow) -> None:
         server, asker = flow.server, flow.asker
+        if asker.token_until <= self.now:  # it may have waited
+            flow.state = "over"
+            self._answer(flow, ev.PieceFailed(flow.request, Failure.REFUSED))
+            self.at(self.now, self._slot_free, flow)
+            return
         if flow.index < 0:
             index = server.choice.choose(asker.name, flow.want, self.now)
             if index is None:
@@ -407,6 +444,8 @@ class Swarm:
         flow.reported += moved
         flow.server.sent_bytes += moved
         flow.server.queue.moved(int(moved), self.now)
+        if self.now > flow.asker.token_until:
+            self.late_bytes += moved
         flow.updated_at = self.now
 
     def _progress(self, flow: Flow) -> None:

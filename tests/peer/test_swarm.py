@@ -208,22 +208,39 @@ def test_askers_that_never_confirm_use_nothing_up() -> None:
     assert swarm.run_until_done(60)
 
 
-@pytest.mark.parametrize("minutes", [10, 60] if LONG else [10])
+TOKEN_SECONDS = 1800.0  # as trackers give them
+
+
+@pytest.mark.parametrize("minutes", [10, 60])
 def test_all_trackers_gone(minutes: int) -> None:
-    """Those who know one peer find the others from it, though no tracker ever told them."""
+    """Those who know one peer find the others from it, though no tracker ever told them. Ten minutes are noticed by
+    nobody. In an hour all tokens end: then everyone waits, says why, gets nothing, and goes on by itself."""
     up = 1e6
-    swarm = Swarm(int(minutes * 60 * up), piece_bytes=4 * MIB)  # the whole download falls into the outage
+    size = int((minutes + 5) * 60 * up)  # the whole download falls into the outage
+    swarm = Swarm(size, piece_bytes=4 * MIB, token_seconds=TOKEN_SECONDS)
     crowd(swarm, 6, up)
     assert swarm.run(lambda: all(peer.links for peer in swarm.peers.values()), 5)
     for peer in swarm.peers.values():
         peer.waits.clear()
     swarm.tracker(False)
-    late = swarm.add("late", up=1e6)
+    late = swarm.add("late", up=up)
+    late.token_until = TOKEN_SECONDS  # had before
+    swarm.at(TOKEN_SECONDS, swarm._token_ends, late)
     late.download.feed(PeerJoined("leecher0", ("x",)), swarm.now)  # remembered from before
-    assert swarm.run_until_done(minutes * 60 * 4)
+    gone_seconds = minutes * 60.0
+    assert not swarm.run(lambda: swarm.now >= gone_seconds and swarm.all_done(), gone_seconds)
     assert len(late.links) > 2
-    waits = {reason for peer in swarm.peers.values() if peer is not late for reason in peer.waits}
-    assert waits <= {WaitReason.BUSY}, "nobody ran out of peers"
+    told = {reason for peer in swarm.peers.values() if peer is not late for reason in peer.waits}
+    if gone_seconds < TOKEN_SECONDS / 2:
+        assert told <= {WaitReason.BUSY}, "somebody noticed"
+    else:
+        leechers = [peer for peer in swarm.peers.values() if not peer.download.done]
+        assert leechers
+        assert all(peer.download.waiting is WaitReason.TOKEN_EXPIRED for peer in leechers)
+        assert told <= {WaitReason.BUSY, WaitReason.TOKEN_EXPIRED}, "nobody ran out of peers"
+    swarm.tracker(True)
+    assert swarm.run_until_done(gone_seconds + size / up * 3)
+    assert swarm.late_bytes == 0, "somebody was served after its token had ended"
 
 
 def test_storms_of_joins_and_leaves() -> None:
