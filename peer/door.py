@@ -54,10 +54,14 @@ class _Place(Struct):
 
 
 class Door:
-    """`opened` makes the protocol of a connection; tell `left` when it has ended. Belongs to the event loop."""
+    """`opened` makes the protocol of a connection, `ended` is told of its end, whether it ever spoke or not; the server
+    tells `left`. Belongs to the event loop."""
 
-    def __init__(self, opened: Callable[[], web.RequestHandler]) -> None:
+    def __init__(
+        self, opened: Callable[[], web.RequestHandler], ended: Callable[[web.RequestHandler], None]
+    ) -> None:
         self._opened = opened
+        self._ended = ended
         self._tls: ssl.SSLContext | None = None
         self._inside: dict[web.RequestHandler, _Place] = {}
         self._of_address: Counter[str] = Counter()
@@ -93,6 +97,7 @@ class Door:
             return
         _less(self._of_address, place.address)
         _less(self._of_peer, place.peer_id)
+        self._ended(connection)
 
     async def _accept(self, listening: socket.socket) -> None:
         loop = asyncio.get_running_loop()

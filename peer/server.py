@@ -134,7 +134,7 @@ class PieceServer:
             self._silent[connection] = loop.call_later(SILENT_SECONDS_MAX, self._end_silent, connection)
             return connection
 
-        self._door = door = Door(opened)
+        self._door = door = Door(opened, self._ended)
         return await door.open(host, port, tls)
 
     async def stop(self) -> None:
@@ -147,6 +147,10 @@ class PieceServer:
         self._silent.clear()
         if self._runner is not None:
             await self._runner.cleanup()
+
+    def _ended(self, connection: web.RequestHandler) -> None:
+        if (timer := self._silent.pop(connection, None)) is not None:
+            timer.cancel()
 
     def _end_silent(self, connection: web.RequestHandler) -> None:
         """It asked for nothing: there are only so many connections, and each costs a descriptor."""
