@@ -111,10 +111,12 @@ class OneOperatorElsewhere:
 
 @pytest.fixture
 async def trackers(tmp_path: Path) -> AsyncIterator[Trackers]:
-    """anna owns boats and shares a file; ben has a group of his own; carl was in boats and was kicked."""
+    """anna owns boats and shares a file; ben has a group of his own; carl was in boats and was kicked; dan is in no
+    group."""
     async with running(tmp_path, 2, authority=OneOperatorElsewhere()) as started:
         started.anna = anna = await started.user("anna")
         started.ben, started.carl = await started.user("ben"), await started.user("carl")
+        started.dan = await started.user("dan")
         await started.group("boats", anna, {"carl": started.carl})
         await started.group("ships", started.ben)
         reply = await started.call("PUT", "/v1/groups/boats/files/hull.bin", body=file_body(), session=anna)
@@ -219,14 +221,30 @@ async def test_a_key_that_was_retired_signs_for_nobody(trackers: Trackers) -> No
     service = trackers[0].service
     assert (await trackers.call("GET", "/v1/groups", session=trackers.anna)).status == 200
     await service.write_own(RetireSigningKey(service.keys.key_id, service.wall_ms() - 1))
-    for node in (0, 1):
-        reply = await trackers.call("GET", "/v1/groups", session=trackers.anna, node=node)
-        assert (reply.status, reply.code) == (401, "unauthenticated")
+    for route in ROUTES:
+        if route.access is Access.SESSION:
+            for node in (0, 1):
+                _check(route, await _try(trackers, route, trackers.anna, node=node), 401, "an old key")
 
 
-@pytest.mark.parametrize("who", ["ben", "carl"])
+async def test_a_session_that_ended_opens_nothing(trackers: Trackers) -> None:
+    """Signed out, or the password was changed: whoever stole it meanwhile has nothing."""
+    signed_out = await trackers.login("anna")
+    assert (await trackers.call("DELETE", "/v1/sessions/current", session=signed_out)).status == 200
+    before = await trackers.login("anna")
+    body = {"password": PASSWORD, "new_password": PASSWORD + "!"}
+    assert (
+        await trackers.call("PUT", "/v1/users/me/password", body=body, session=trackers.anna)
+    ).status == 200
+    for route in ROUTES:
+        if route.access is Access.SESSION and route.name != "logout":
+            for why, session in (("signed out", signed_out), ("before the new password", before)):
+                _check(route, await _try(trackers, route, session), 401, why)
+
+
+@pytest.mark.parametrize("who", ["ben", "carl", "dan"])
 async def test_strangers_to_a_group_learn_nothing_of_it(trackers: Trackers, who: str) -> None:
-    """ben is a member of another group; carl was kicked."""
+    """ben is a member of another group; carl was kicked; dan never was in any."""
     session = getattr(trackers, who)
     before = trackers[0].machine.revision
     for route in ROUTES:

@@ -59,9 +59,13 @@ class Peers:
 
     async def open(self, user: str, **changes: object) -> LocalSession:
         """A signed-in session of the user's home."""
-        known = (self.folder / user / "session.json").exists()
-        if not known:
+        if not (self.folder / user / "session.json").exists():
             await self.account(user)
+        return await self.add(user, **changes)
+
+    async def add(self, user: str, **changes: object) -> LocalSession:
+        """The same for a user that has an account already, of whatever groups."""
+        known = (self.folder / user / "session.json").exists()
         session = await open_session(self.settings(user, **changes))
         assert isinstance(session, LocalSession)
         self._open.append(session)

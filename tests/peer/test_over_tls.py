@@ -9,6 +9,7 @@ import signal
 import ssl
 import time
 from collections.abc import AsyncIterator
+from datetime import timedelta
 from pathlib import Path
 
 import aiohttp
@@ -16,6 +17,8 @@ import pytest
 from conftest import PASSWORD, Insistent, get, share, until
 from tracker_processes import Trackers
 
+from cluster.api import certificates
+from cluster.tls import PEER_DAYS, PeerAuthority, utc_now
 from peer.reports import PeerSettings
 from peer.session import LocalSession, open_session
 
@@ -91,6 +94,34 @@ async def test_mutual_tls_and_a_stolen_token(cluster: Cluster, tmp_path: Path) -
         with pytest.raises((aiohttp.ClientError, ConnectionError)):
             async with http.get(url, ssl=strange, headers={"Authorization": f"Bearer {bens}"}):
                 pass
+
+
+async def test_a_peers_certificate_renews_itself_while_it_serves(cluster: Cluster, tmp_path: Path) -> None:
+    source = tmp_path / "hull.bin"
+    source.write_bytes(os.urandom(12 << 20))
+    ada, ben = await cluster.peer("ada", up=4 << 20), await cluster.peer("ben")
+    await share(ada, source)
+    getting = asyncio.create_task(get(ben, "hull.bin", tmp_path / "there"))
+    await until(lambda: ada._engine is not None and ada._engine.server.sendings)
+    identity = ada._identity
+    folder = cluster.trackers.configs["n1"].folder
+    authority = PeerAuthority.load(folder.peer_authority, folder.peer_authority_key)
+    long_ago = utc_now() - timedelta(days=PEER_DAYS * 0.9)
+    identity.certify(authority.certify(identity.request_pem(), identity.peer_id, now=long_ago).pem)
+    assert identity.renew_in_seconds() == 0
+    # Soon a handshake shows a new one, and the transfer that ran meanwhile did not notice.
+    host, _, port = ada.listen_address.rpartition(":")
+    shown = None
+    async with asyncio.timeout(20):
+        while shown is None or shown.not_valid_before_utc < long_ago + timedelta(days=PEER_DAYS * 0.5):
+            tls = ben._identity.client_context()
+            _, writer = await asyncio.open_connection(host, int(port), ssl=tls)
+            shown = certificates.certificate_of(writer.get_extra_info("ssl_object"))
+            writer.transport.abort()
+            await asyncio.sleep(0.05)
+    assert identity.renew_in_seconds() > 0
+    await getting
+    assert (tmp_path / "there/hull.bin").read_bytes() == source.read_bytes()
 
 
 async def test_a_right_ends_though_the_seeders_tracker_is_in_trouble(

@@ -8,12 +8,15 @@ import time
 from pathlib import Path
 
 import aiohttp
+import jwt
 import msgspec
 import pytest
-from conftest import Insistent, Peers, get, share, until
+from conftest import Insistent, Peers, get, ignore, share, until
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from trackers import running
 
 from cluster.api.tokens import Claims, sign_token
+from peer.access import AccessRefusedError
 from peer.reports import Exit, Limits, State, TrimaranError
 from peer.server import NextBody
 from peer.session import LocalSession
@@ -211,6 +214,86 @@ async def test_who_left_shares_nothing_with_the_group(peers: Peers, tmp_path: Pa
     with pytest.raises(TimeoutError):  # it waits for somebody who has it
         async with asyncio.timeout(2):
             await get(ada, "mine.bin", tmp_path / "there")
+
+
+async def test_signing_keys_rotate_and_no_download_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The nodes' keys live for a second and a half here, tokens for four: each renewal comes under another key."""
+    monkeypatch.setattr("cluster.service._KEY_REST_SECONDS", 0.1)
+    changes = {"token_seconds": 4.0, "signing_key_seconds": 1.5, "session_seconds": 600.0}
+    source = tmp_path / "hull.bin"
+    source.write_bytes(os.urandom(16 << 20))
+    async with running(tmp_path / "trackers", 2, changes=changes) as trackers:
+        peers = Peers(trackers, tmp_path)
+        try:
+            ada, ben = await peers.open("ada", up_bytes_per_second=2 << 20), await peers.open("ben")
+            await share(ada, source)
+            engine = ada._engine
+            assert engine is not None
+            refused: list[str] = []
+            check = engine.access.check
+
+            def counted(token: str | None, peer_id: str | None, group: str | None = None) -> Claims:
+                try:
+                    return check(token, peer_id, group)
+                except AccessRefusedError as error:
+                    refused.append(error.code)
+                    raise
+
+            monkeypatch.setattr(engine.access, "check", counted)
+            getting = asyncio.create_task(get(ben, "hull.bin", tmp_path / "there"))
+            keys_used: set[str] = set()
+            async with asyncio.timeout(60):
+                while not getting.done():
+                    keys_used |= {jwt.get_unverified_header(token_of(ben))["kid"]} if ben._engine else set()
+                    assert all(row.state is not State.WAITING for row in await ben.ps())
+                    await asyncio.sleep(0.05)
+            await getting
+            assert (tmp_path / "there/hull.bin").read_bytes() == source.read_bytes()
+            assert len(keys_used) >= 3, "the keys did not rotate"
+            assert not refused
+        finally:
+            await peers.close_all()
+
+
+async def test_groups_that_share_the_same_content_do_not_hear_of_each_others_members(
+    peers: Peers, tmp_path: Path
+) -> None:
+    """ada shares one file with boats and with ships: ben and cleo fetch it from her in one swarm."""
+    source = tmp_path / "hull.bin"
+    source.write_bytes(os.urandom(8 << 20))
+    ada, ben = await peers.open("ada"), await peers.open("ben")
+    await peers.trackers.group("ships", peers.owner, {"cleo": await peers.trackers.user("cleo")})
+    cleo = await peers.add("cleo")
+    shared = await share(ada, source)
+    await ada.share(source, "ships", None, replace=False, algorithm=None, on_progress=ignore)
+    assert ada._engine is not None
+    swarm = ada._engine.swarms.get(shared.manifest_id)
+    assert swarm is not None
+    fetching = [
+        asyncio.create_task(
+            each.get(
+                group,
+                "hull.bin",
+                tmp_path / group,
+                down_bytes_per_second=2 << 20,
+                checksum=False,
+                on_progress=ignore,
+            )
+        )
+        for each, group in ((ben, "boats"), (cleo, "ships"))
+    ]
+    together = 0
+    async with asyncio.timeout(30):
+        while not all(task.done() for task in fetching):
+            together += {link.group for link in swarm.links.values()} == {"boats", "ships"}
+            for each in (ben, cleo):
+                for driver in each._engine.getting.drivers() if each._engine else ():
+                    assert {known for known, _, _ in driver.machine.known_peers()} <= {ada._identity.peer_id}
+            await asyncio.sleep(0.02)
+        await asyncio.gather(*fetching)
+    assert together, "they were never in the swarm together"
 
 
 async def quarantine(peers: Peers, session: LocalSession, name: str, manifest_id: str) -> None:
