@@ -27,9 +27,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cluster.api.tokens import Claims, VerifyingKey, sign_token
 from peer.access import Access
 from peer.bitmap import full_mask
+from peer.buffers import BufferPool
 from peer.content import Content, OpenFiles
-from peer.fetch import BufferPool, Endpoint, Fetcher, Head
+from peer.fetch import Endpoint, Fetcher
 from peer.hashing import Hashing, scan
+from peer.line import Head
 from peer.manifest import Manifest
 from peer.pacer import Pacer
 from peer.recent import RecentPieces

@@ -46,6 +46,8 @@ NEWS_SECONDS_PER_LINK: Final = 0.008  # a crowd of 32 pays 4 % in time, and save
 NEWS_SECONDS_MAX: Final = 0.25
 NEWS_AT_ONCE_LINKS: Final = 8
 SLOW_SHARE: Final = 0.25  # of the mean rate: below it a peer gets no more than one piece of a scarce budget
+ASK_AHEAD_SECONDS: Final = 0.25  # of what all peers together send
+ASK_AHEAD_PIECES_MIN: Final = 16
 READ_AHEAD_SECONDS: Final = 2.0  # of requests, where our own reading is limited
 
 
@@ -428,7 +430,7 @@ class Download:
                 self._requests.ask(source, index, 0, now)
 
     def _deal(self, room: list[Source], now: float) -> None:
-        limit = self._budget_pieces
+        limit = min(self._budget_pieces, self._worth_asking(now))
         if self._read_bytes_per_second:
             limit = min(limit, max(2, int(2 * self._read_bytes_per_second / self._piece_bytes)))
         slow_below = self._slow_below(now) if len(self._requests) * 2 >= limit else 0.0
@@ -448,6 +450,12 @@ class Download:
                 if source.in_flight < source.depth(self._piece_bytes):
                     again.append(source)
             room = again
+
+    def _worth_asking(self, now: float) -> int:
+        """How many requests keep all paths full; more would only wait at their senders, and hold memory here."""
+        latency = max((source.latency.seconds for source in self.roster.linked_sources()), default=0.0)
+        ahead = self.bytes_per_second(now) * (ASK_AHEAD_SECONDS + 2 * latency)
+        return max(2 * self.roster.linked, ASK_AHEAD_PIECES_MIN, int(ahead / self._piece_bytes))
 
     def _give(self, source: Source, now: float) -> bool:
         useful = source.have & self.picker.free

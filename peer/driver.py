@@ -1,16 +1,16 @@
 """The driver of one download: performs what the pure machine (`download.py`) asks for, and tells it what came of it.
 
-Owned here: requests and their buffers, checking and writing in the executor, syncing now and then, who contributed
-what. Left to others: the decisions (`download.py`), the disk (`store.py`), connections (`fetch.py`), links
-(`links.py`), what trackers say (`engine.py` feeds it in).
+Owned here: requests and their buffers, syncing now and then, who contributed what. Left to others: the decisions
+(`download.py`), the disk (`store.py`, in threads through `checking.py`), connections (`fetch.py`), links (`links.py`),
+what trackers say (`engine.py` feeds it in).
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Executor
 from typing import Final
 
 import msgspec
@@ -19,8 +19,11 @@ from msgspec import Struct
 
 from . import swarm_events as ev
 from .bitmap import Mask, to_wire
+from .buffers import BufferPool
+from .checking import Checks
 from .download import Download
-from .fetch import BufferPool, Endpoint, Fetcher, FetchFault, Head, Reply
+from .fetch import Asking, Endpoint, Fetcher
+from .line import FetchFault, Head, Reply
 from .links import Links
 from .pacer import Pacer
 from .recent import RecentPieces
@@ -58,13 +61,6 @@ class Contribution:
         self.user = ""
 
 
-class _Unexpected(FetchFault):
-    """The answer's head is not one that this request can have."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__("protocol", message)
-
-
 class RetryAfter(Struct):
     """The part of a 429's body that counts."""
 
@@ -84,7 +80,7 @@ class DownloadDriver:
         fetcher: Fetcher,
         pool: BufferPool,
         recent: RecentPieces,
-        executor: Executor,
+        checks: Checks,
         links: Links,
         token: Callable[[str], str | None],
         down: Pacer,
@@ -112,7 +108,7 @@ class DownloadDriver:
         self._fetcher = fetcher
         self._pool = pool
         self._recent = recent
-        self._executor = executor
+        self._checks = checks
         self._links = links
         self._token = token
         self.own_down = Pacer()  # of this download alone
@@ -121,9 +117,11 @@ class DownloadDriver:
         self._report = report
         self._held_changed = held_changed
         self._addresses: dict[str, tuple[str, ...]] = {}
-        self._requests: dict[int, asyncio.Task[None]] = {}
-        self._jobs: set[asyncio.Task[None]] = set()
+        self._requests: dict[int, _Request] = {}
+        self._held: deque[_Request] = deque()  # until fewer pieces are being checked
+        self._checking = 0  # pieces that have arrived
         self._checked = asyncio.Event()
+        self._authorized: tuple[str, str] = ("", "")  # a token, and the fields that show it
         self._loop = asyncio.get_running_loop()
         self._soon: asyncio.Handle | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -145,12 +143,14 @@ class DownloadDriver:
         for handle in (self._soon, self._timer):
             if handle is not None:
                 handle.cancel()
-        tasks = list(self._requests.values())
+        for request in list(self._requests.values()):
+            request.cancel()
         if self._syncer is not None:
-            tasks.append(self._syncer)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, *self._jobs, return_exceptions=True)
+            self._syncer.cancel()
+            await asyncio.gather(self._syncer, return_exceptions=True)
+        while self._checking:
+            self._checked.clear()
+            await self._checked.wait()
 
     # --- in and out of the machine --------------------------------------------------------------
 
@@ -201,11 +201,9 @@ class DownloadDriver:
     def _perform(self, action: ev.Action) -> None:
         match action:
             case ev.RequestPiece() | ev.RequestNext():
-                task = asyncio.create_task(self._request(action))
-                self._requests[action.request] = task
-                task.add_done_callback(lambda _: self._requests.pop(action.request, None))
+                self._request(action)
             case ev.CancelRequest():
-                if (request := self._requests.pop(action.request, None)) is not None:
+                if (request := self._requests.get(action.request)) is not None:
                     request.cancel()
             case ev.PushHave():
                 self._links.push_have(self.swarm, action.pieces)
@@ -230,111 +228,74 @@ class DownloadDriver:
 
     # --- one request ----------------------------------------------------------------------------
 
-    async def _request(self, action: ev.RequestPiece | ev.RequestNext) -> None:
-        number = action.request
-        while len(self._jobs) >= CHECKS_MAX:
-            self._checked.clear()
-            await self._checked.wait()
+    def _request(self, action: ev.RequestPiece | ev.RequestNext) -> None:
+        request = self._requests[action.request] = _Request(self, action)
+        if self._checking < CHECKS_MAX:
+            self._give_buffer(request)
+        else:
+            self._held.append(request)
+
+    def _give_buffer(self, request: _Request) -> None:
+        if (buffer := self._pool.take_now(self._piece_bytes)) is not None:
+            request.ask(buffer)
+        else:
+            request.waiting = asyncio.create_task(self._when_there_is_room(request))
+
+    async def _when_there_is_room(self, request: _Request) -> None:
         buffer = await self._pool.acquire(self._piece_bytes)
-        arrived = -1
-        try:
-            token = self._token(self.group)
-            if token is None:
-                self.feed(ev.PieceFailed(number, Failure.REFUSED))
-                return
-            arrived = await self._fetch(action, token, buffer)
-        finally:
-            if arrived < 0:
-                self._pool.give(buffer)
-        if arrived < 0:
-            return
-        # From here on the piece is ours whatever becomes of the request: a cancelled check would leave the buffer
-        # in use by the executor.
+        request.waiting = None
+        request.ask(buffer)
+
+    def _arrived(self, number: int, peer: str, index: int, buffer: memoryview) -> None:
+        """From here on the piece is ours, whatever becomes of the request."""
         self.feed(ev.PieceArrived(number))
-        job = asyncio.create_task(self._commit(number, action.peer, arrived, buffer))
-        self._jobs.add(job)
-        job.add_done_callback(self._job_ended)
+        piece = buffer[: self.swarm.manifest.layout.piece_length(index)]
 
-    def _job_ended(self, job: asyncio.Task[None]) -> None:
-        self._jobs.discard(job)
-        self._checked.set()
-
-    async def _fetch(self, action: ev.RequestPiece | ev.RequestNext, token: str, buffer: memoryview) -> int:
-        """The index of the piece that is now in the buffer, or -1 after telling the machine why not."""
-        number, peer = action.request, action.peer
-        layout = self.swarm.manifest.layout
-        index = -1
-        told_at = 0.0
-        untold = 0
-
-        def landing(head: Head) -> memoryview:
-            nonlocal index, told_at
-            found = head.piece if head.piece is not None else -1
-            if isinstance(action, ev.RequestPiece):
-                if found != action.index:
-                    raise _Unexpected("another piece than was asked for")
-            elif found < 0 or found >= layout.pieces or not action.want >> found & 1:
-                raise _Unexpected("a piece that was not wanted")
-            if head.status != 200 or head.length != layout.piece_length(found):
-                raise _Unexpected("not the length of that piece")
-            index = found
-            told_at = self._loop.time()
-            self.feed(ev.PieceStarted(number, found))
-            return buffer[: head.length]
-
-        def on_bytes(count: int) -> None:
-            nonlocal told_at, untold
-            untold += count
-            now = self._loop.time()
-            if index >= 0 and now - told_at >= TELL_BYTES_SECONDS:
-                told_at, untold, tell = now, 0, untold
-                self.feed(ev.BytesArrived(number, tell))
-
-        endpoint = Endpoint(peer, self._addresses.get(peer, ()))
-        try:
-            reply = await self._fetcher.ask(
-                endpoint,
-                _request_bytes(self.swarm.manifest_id, action, layout.pieces, token),
-                landing,
-                on_bytes=on_bytes,
-                pacers=self._pacers,
-            )
-        except FetchFault as fault:
-            self.feed(ev.PieceFailed(number, _FAILURE_OF[fault.kind]))
-            return -1
-        if reply.head.status == 200:
-            return index
-        self.feed(ev.PieceFailed(number, *_failure_of(reply)))
-        return -1
-
-    async def _commit(self, number: int, peer: str, index: int, buffer: memoryview) -> None:
-        length = self.swarm.manifest.layout.piece_length(index)
-        right = False
-        try:
-            right = await self._loop.run_in_executor(
-                self._executor, self.store.check_and_write, index, buffer[:length]
-            )
-        except DiskTroubleError as trouble:
-            self.trouble = trouble
-            self.feed(ev.PieceFailed(number, Failure.LOCAL))
-            if not self.done.done():
-                self.done.set_exception(trouble)
-            return
-        finally:
-            if right and self.swarm.wanted_by_others:
-                self._recent.keep(self.swarm.manifest_id, index, buffer, length, self._loop.time())
+        def checked(end: bool | Exception) -> None:
+            self._checking -= 1
+            self._checked.set()
+            while self._held and self._checking < CHECKS_MAX and not self._stopped:
+                self._give_buffer(self._held.popleft())
+            if end is True and self.swarm.wanted_by_others:
+                self._recent.keep(self.swarm.manifest_id, index, buffer, len(piece), self._loop.time())
             else:
                 self._pool.give(buffer)
-        if not right:
-            log.warning("peer %s sent a wrong piece %d of %s", peer, index, self.swarm.manifest_id)
-            self.feed(ev.PieceWrong(number))
-            return
+            if end is True:
+                self._gained(number, peer, index, len(piece))
+            elif end is False:
+                log.warning("peer %s sent a wrong piece %d of %s", peer, index, self.swarm.manifest_id)
+                self.feed(ev.PieceWrong(number))
+            else:
+                self._not_written(number, end)
+
+        self._checking += 1
+        self._checks.add(self.store, index, piece, checked)
+
+    def _gained(self, number: int, peer: str, index: int, length: int) -> None:
         self.received_bytes += length
         source = self._source(peer)
         source.bytes += length
         source.pieces += 1
         self.swarm.gained(1 << index)
         self.feed(ev.PieceVerified(number, index))
+
+    def _not_written(self, number: int, error: Exception) -> None:
+        if isinstance(error, DiskTroubleError):
+            self.trouble = error
+        self.feed(ev.PieceFailed(number, Failure.LOCAL))
+        if not self.done.done():
+            self.done.set_exception(error)
+
+    def _request_bytes(self, action: ev.RequestPiece | ev.RequestNext, token: str) -> bytes:
+        if self._authorized[0] != token:
+            self._authorized = token, f"HTTP/1.1\r\nHost: peer\r\nAuthorization: Bearer {token}\r\n"
+        fields = self._authorized[1]
+        swarm = self.swarm.manifest_id
+        if isinstance(action, ev.RequestPiece):
+            return f"GET /v1/swarms/{swarm}/pieces/{action.index} {fields}\r\n".encode()
+        body = msgspec.msgpack.encode(NextBody(to_wire(action.want, self.swarm.manifest.layout.pieces)))
+        head = f"POST /v1/swarms/{swarm}/next {fields}Content-Length: {len(body)}\r\n\r\n"
+        return head.encode() + body
 
     async def _sync_now_and_then(self) -> None:
         """Bound what a power failure costs. The end of the download syncs whatever is left."""
@@ -356,15 +317,91 @@ class DownloadDriver:
                 return
 
 
-def _request_bytes(
-    manifest_id: str, action: ev.RequestPiece | ev.RequestNext, pieces: int, token: str
-) -> bytes:
-    auth = f"Host: peer\r\nAuthorization: Bearer {token}\r\n"
-    if isinstance(action, ev.RequestPiece):
-        return f"GET /v1/swarms/{manifest_id}/pieces/{action.index} HTTP/1.1\r\n{auth}\r\n".encode()
-    body = msgspec.msgpack.encode(NextBody(to_wire(action.want, pieces)))
-    head = f"POST /v1/swarms/{manifest_id}/next HTTP/1.1\r\n{auth}Content-Length: {len(body)}\r\n\r\n"
-    return head.encode() + body
+class _Request:
+    """One request of the machine's, from its buffer to its answer. `cancel` ends it without a word."""
+
+    __slots__ = ("_action", "_asking", "_buffer", "_driver", "_index", "_told_at", "_untold", "waiting")
+
+    def __init__(self, driver: DownloadDriver, action: ev.RequestPiece | ev.RequestNext) -> None:
+        self.waiting: asyncio.Task[None] | None = None  # for room
+        self._driver = driver
+        self._action = action
+        self._asking: Asking | None = None
+        self._buffer: memoryview | None = None
+        self._index = -1  # of the piece that is coming
+        self._told_at = 0.0
+        self._untold = 0
+
+    def ask(self, buffer: memoryview) -> None:
+        driver, action = self._driver, self._action
+        self._buffer = buffer
+        token = driver._token(driver.group)
+        if token is None:
+            self._failed(Failure.REFUSED)
+            return
+        self._asking = driver._fetcher.begin(
+            Endpoint(action.peer, driver._addresses.get(action.peer, ())),
+            driver._request_bytes(action, token),
+            self._landing,
+            self._ended,
+            on_bytes=self._on_bytes,
+            pacers=driver._pacers,
+        )
+
+    def cancel(self) -> None:
+        if self.waiting is not None:
+            self.waiting.cancel()
+        if self in self._driver._held:
+            self._driver._held.remove(self)
+        if self._asking is not None:
+            self._asking.cancel()
+        self._over()
+
+    def _over(self) -> None:
+        driver = self._driver
+        driver._requests.pop(self._action.request, None)
+        if self._buffer is not None:
+            driver._pool.give(self._buffer)
+            self._buffer = None
+
+    def _landing(self, head: Head) -> memoryview:
+        driver, action = self._driver, self._action
+        layout = driver.swarm.manifest.layout
+        found = head.piece if head.piece is not None else -1
+        if isinstance(action, ev.RequestPiece):
+            if found != action.index:
+                raise FetchFault("protocol", "another piece than was asked for")
+        elif found < 0 or found >= layout.pieces or not action.want >> found & 1:
+            raise FetchFault("protocol", "a piece that was not wanted")
+        if head.status != 200 or head.length != layout.piece_length(found):
+            raise FetchFault("protocol", "not the length of that piece")
+        assert self._buffer is not None
+        self._index = found
+        self._told_at = driver._loop.time()
+        driver.feed(ev.PieceStarted(action.request, found))
+        return self._buffer[: head.length]
+
+    def _on_bytes(self, count: int) -> None:
+        self._untold += count
+        now = self._driver._loop.time()
+        if self._index >= 0 and now - self._told_at >= TELL_BYTES_SECONDS:
+            self._told_at, self._untold, tell = now, 0, self._untold
+            self._driver.feed(ev.BytesArrived(self._action.request, tell))
+
+    def _ended(self, end: Reply | FetchFault) -> None:
+        if isinstance(end, FetchFault):
+            self._failed(_FAILURE_OF[end.kind])
+        elif end.head.status != 200:
+            self._failed(*_failure_of(end))
+        else:
+            buffer, self._buffer = self._buffer, None
+            assert buffer is not None
+            self._over()
+            self._driver._arrived(self._action.request, self._action.peer, self._index, buffer)
+
+    def _failed(self, failure: Failure, retry_after_seconds: float = 0.0) -> None:
+        self._over()
+        self._driver.feed(ev.PieceFailed(self._action.request, failure, retry_after_seconds))
 
 
 def _failure_of(reply: Reply) -> tuple[Failure, float]:

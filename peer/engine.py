@@ -27,9 +27,11 @@ from . import swarm_events as ev
 from .access import Access
 from .addresses import advertised
 from .bitmap import Mask
+from .buffers import BufferPool
+from .checking import Checks
 from .content import OpenFiles
 from .driver import DownloadDriver
-from .fetch import BufferPool, Fetcher
+from .fetch import Fetcher
 from .frames import LoadFrame, PexPeer
 from .getting import Getting
 from .holding import holding
@@ -76,6 +78,7 @@ class Engine:
         self.cores = cores
         # Two more than processors: some wait for the disk.
         self.pieces = ThreadPoolExecutor(cores + 2, thread_name_prefix="pieces")
+        self.checks = Checks(self.pieces, jobs_max=cores + 2)
         self.long = ThreadPoolExecutor(cores + 2, thread_name_prefix="long")
         self.pool = BufferPool(settings.memory_bytes)
         self.recent = RecentPieces(self.pool)

@@ -16,8 +16,9 @@ from cluster.api import types as t
 from cluster.api.client import TrackerClient
 from cluster.api.errors import TrackerError
 
-from .fetch import Endpoint, Fetcher, FetchFault, Head
+from .fetch import Endpoint, Fetcher
 from .home import Home, write_whole
+from .line import FetchFault, Head
 from .manifest import MANIFEST_BYTES_MAX, Manifest, ManifestError
 from .reports import Exit, TrimaranError
 from .trouble import of_tracker, refused

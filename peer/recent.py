@@ -1,7 +1,7 @@
 """Pieces that were verified a moment ago, still in memory: what the others in the swarm ask for next.
 
 Owned here: which of them are kept, for how long, and when their buffers go back to the pool. Left to others: what the
-pool has (`fetch.py`), who may be sent what (`server.py`), sending (`sending.py`).
+pool has (`buffers.py`), who may be sent what (`server.py`), sending (`sending.py`).
 
 A fresh piece goes out to several peers within seconds. Pieces are written past the page cache (`direct.py`), so they
 would be read from the disk for that. Belongs to the event loop.
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from .fetch import BufferPool
+from .buffers import BufferPool
 
 KEPT_SECONDS_MAX: Final = 10.0  # since anybody wanted it
 

@@ -158,7 +158,7 @@ class Course:
             fetcher=engine.fetcher,
             pool=engine.pool,
             recent=engine.recent,
-            executor=engine.pieces,
+            checks=engine.checks,
             links=engine.links,
             token=engine.agent.token,
             down=engine.down,

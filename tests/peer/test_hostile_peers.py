@@ -12,7 +12,8 @@ import pytest
 from conftest import Peers, get, share
 
 from peer.content import Content
-from peer.fetch import Endpoint, Fetcher, FetchFault, Head, parse_head
+from peer.fetch import Endpoint, Fetcher
+from peer.line import FetchFault, Head, parse_head
 from peer.manifest import FileEntry, Layout, ManifestError
 from peer.reports import Exit, TrimaranError
 from peer.sending import Sending

@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peer import direct
+from peer.buffers import BufferPool
 from peer.direct import ALIGNED_BYTES, TRIAL_WRITES, DirectWriter, aligned_buffer, write_all
-from peer.fetch import BufferPool
 from peer.recent import KEPT_SECONDS_MAX, RecentPieces
 
 FILE_BYTES = 300_000

@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peer import piecemap
+from peer.buffers import BufferPool
 from peer.content import Content, OpenFiles, SourceGoneError, open_below
-from peer.fetch import BufferPool
 from peer.hashing import ChangedError, Hashing, look, scan
 from peer.home import Home, SocketPath, write_whole
 from peer.manifest import FileEntry, Layout, Manifest

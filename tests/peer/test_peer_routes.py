@@ -26,8 +26,8 @@ from cluster.api.tokens import Claims, SessionClaims, VerifyingKey, sign_session
 from cluster.tls import ClusterAuthority, PeerAuthority
 from peer.access import Access
 from peer.bitmap import full_mask
+from peer.buffers import BufferPool
 from peer.content import Content, OpenFiles
-from peer.fetch import BufferPool
 from peer.hashing import Hashing, scan
 from peer.manifest_sending import PER_PEER_MAX
 from peer.pacer import Pacer
