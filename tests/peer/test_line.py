@@ -1,0 +1,134 @@
+"""One connection to a peer, over real sockets: how answers are read, and how often the loop is woken for them."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peer.fetch import SWEEP_SECONDS, Endpoint, Fetcher
+from peer.line import FetchFault, Head, Reply, parse_head
+
+PIECE = 256 * 1024
+REQUEST = b"GET / HTTP/1.1\r\nHost: p\r\n\r\n"
+
+
+@given(st.integers(0, 10**15 - 1), st.integers(0, 10**15 - 1))
+def test_the_head_of_a_piece_means_the_same_on_both_ways(piece: int, length: int) -> None:
+    fields = (
+        f"Trimaran-Piece: {piece}\r\nContent-Type: application/octet-stream\r\nContent-Length: {length}\r\n"
+    )
+    quick = parse_head(f"HTTP/1.1 200 OK\r\n{fields}\r\n".encode())
+    general = parse_head(f"HTTP/1.1 200 OK\r\n{fields}Date: today\r\n\r\n".encode())
+    assert quick == general == Head(200, length, piece, None, False)
+
+
+@asynccontextmanager
+async def sender(bodies: list[list[bytes]], pause_seconds: float) -> AsyncIterator[tuple[Fetcher, Endpoint]]:
+    """A peer that answers each request with the next body, part by part, each a packet of its own."""
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for body in bodies:
+            await reader.readuntil(b"\r\n\r\n")
+            length = sum(map(len, body))
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % length)
+            for part in body:
+                writer.write(part)
+                await writer.drain()
+                await asyncio.sleep(pause_seconds)
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(talk, "127.0.0.1", 0)
+    fetcher = Fetcher()
+    try:
+        yield fetcher, Endpoint("p", (f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}",))
+    finally:
+        await fetcher.close()
+        server.close()
+
+
+def into(buffer: bytearray) -> Callable[[Head], memoryview]:
+    return lambda head: memoryview(buffer)[: head.length]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can be asked to wake us for more")
+async def test_a_body_in_many_packets_wakes_the_loop_few_times() -> None:
+    parts = [bytes([number]) * (PIECE // 128) for number in range(128)]
+    buffer, wakes = bytearray(PIECE), 0
+
+    def on_bytes(_: int) -> None:
+        nonlocal wakes
+        wakes += 1
+
+    async with sender([parts, parts, parts], 0.0005) as (fetcher, endpoint), asyncio.timeout(20):
+        await fetcher.ask(endpoint, REQUEST, into(buffer), on_bytes=on_bytes)  # its rate is not known yet
+        wakes = 0
+        for _ in range(2):
+            buffer[:] = bytes(PIECE)
+            await fetcher.ask(endpoint, REQUEST, into(buffer), on_bytes=on_bytes)
+            assert bytes(buffer) == b"".join(parts)
+    assert wakes < 128, f"{wakes} turns of the loop for 256 packets"
+
+
+async def test_who_was_fast_and_sends_little_is_not_taken_for_silent() -> None:
+    """What waits in the kernel for more to come counts as heard within a moment."""
+    slow = [b"x" * 64 for _ in range(400)] + [b"y" * (PIECE - 400 * 64)]
+    buffer, told = bytearray(PIECE), 0
+    heard = asyncio.Event()
+
+    def on_bytes(count: int) -> None:
+        nonlocal told
+        told += count
+        if told >= 20 * 64:  # more than came with the head
+            heard.set()
+
+    async with sender([[b"f" * PIECE], slow], 0.01) as (fetcher, endpoint):
+        await fetcher.ask(endpoint, REQUEST, into(buffer))
+        ends: list[Reply | FetchFault] = []
+        asking = fetcher.begin(endpoint, REQUEST, into(buffer), ends.append, on_bytes=on_bytes)
+        async with asyncio.timeout(3 * SWEEP_SECONDS + 2.0):
+            await heard.wait()
+        assert told < 400 * 64, "it was heard while it was slow"
+        assert not ends
+        asking.cancel()
+
+
+async def test_a_request_that_is_cancelled_is_told_nothing_and_leaves_the_buffer_alone() -> None:
+    parts = [b"a" * 1024 for _ in range(256)]
+    buffer, begun = bytearray(PIECE), asyncio.Event()
+    ends: list[Reply | FetchFault] = []
+    async with sender([parts], 0.002) as (fetcher, endpoint), asyncio.timeout(20):
+        asking = fetcher.begin(endpoint, REQUEST, into(buffer), ends.append, on_bytes=lambda _: begun.set())
+        await begun.wait()
+        asking.cancel()
+        kept = bytes(buffer)
+        await asyncio.sleep(0.05)  # a moment in which more of it would have come
+        assert bytes(buffer) == kept
+        assert not ends
+
+
+async def test_an_answer_is_told_once_and_the_connection_is_used_again() -> None:
+    ends: list[Reply | FetchFault] = []
+    buffer = bytearray(PIECE)
+    over = asyncio.Event()
+
+    def ended(end: Reply | FetchFault) -> None:
+        ends.append(end)
+        if len(ends) == 3:
+            over.set()
+        elif len(ends) < 3:
+            fetcher.begin(endpoint, REQUEST, into(buffer), ended)
+
+    async with sender([[b"z" * PIECE]] * 3, 0.0) as (fetcher, endpoint), asyncio.timeout(20):
+        # The sender answers three requests on one connection, and none on another.
+        fetcher.begin(endpoint, REQUEST, into(buffer), ended)
+        await over.wait()
+    assert [type(end) for end in ends] == [Reply] * 3
