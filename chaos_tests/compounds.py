@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 COMPACTION_SECONDS_MAX = 15.0
 PEERS_REST_SECONDS_MAX = 40.0
+DOWNLOAD_SECONDS_MAX = 20.0  # until one is under way
 AFTER_REST_SECONDS = 5.5  # downloads go on again by then (`checkers.availability`)
 MINORITY_GONE = "kill a minority"  # `checkers.availability` asks of these two what they promise
 MAJORITY_GONE = "a majority gone"
@@ -46,6 +47,9 @@ async def majority_gone(rig: Rig, chance: random.Random, running: Running) -> No
         return
     try:
         await asyncio.sleep(AFTER_REST_SECONDS)
+        until = rig.recorder.now_ns() + int(DOWNLOAD_SECONDS_MAX * 1e9)
+        while not rig.downloads_go_on() and rig.recorder.now_ns() < until:
+            await asyncio.sleep(0.2)
         await _down_for(rig, running, victims, 8.0)
     finally:
         rig.peers_rest.release()

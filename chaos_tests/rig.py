@@ -92,6 +92,7 @@ class Rig:
         self._seen = ""  # of what is waited for
         self._tls: ssl.SSLContext | None = None  # of users
         self.peers_rest = asyncio.Lock()  # held while something is done to a peer, or while none may be
+        self.downloads_go_on: Callable[[], bool] = lambda: True  # told by whoever runs peers
 
     def host(self, node_id: str) -> str:
         return "127.0.0.1"

@@ -231,6 +231,7 @@ async def _under_faults(
     downloads: list[asyncio.Task[object]] = []
     hurting: asyncio.Task[None] | None = None
     if swarm:
+        rig.downloads_go_on = swarm.go_on
         kinds = peer_faults.usable(swarm, profile.peer_kinds)
         hurting = asyncio.create_task(peer_faults.hurt(swarm, kinds, until, rig.peers_rest))
         # The smoke run downloads once; a long one again and again.

@@ -36,6 +36,7 @@ SETTLE_SECONDS = 5.0  # what was just shared is told to the trackers by then
 ANNOUNCED_AGAIN_SECONDS = 12.0
 SMALL_DISK_BYTES = 256 << 20
 LIES = "peer sends wrong bytes"
+FAR_TO_GO = 0.6
 PROGRESS_EVERY_NS = 1_000_000_000
 
 
@@ -89,6 +90,7 @@ class Swarm:
         self.group = "swarm"
         self.missing: list[str] = []
         self._mounts: list[Path] = []
+        self._under_way: list[Transfer] = []
         folder.mkdir(parents=True, exist_ok=True)
 
     # --- setting up -------------------------------------------------------------------------------
@@ -264,6 +266,7 @@ class Swarm:
             size_bytes=shared.size_bytes, wanted_sha256=shared.sha256, progress=[],
         )  # fmt: skip
         until = asyncio.get_running_loop().time() + seconds
+        self._under_way.append(transfer)
         try:
             while not transfer.got_sha256 and (left := until - asyncio.get_running_loop().time()) > 0:
                 try:
@@ -275,9 +278,17 @@ class Swarm:
                     transfer.exit_code = error.code if isinstance(error, CliError) else -1
                     await asyncio.sleep(0.5)
         finally:
+            self._under_way.remove(transfer)
             transfer.end_ns = self.recorder.now_ns()
             self.recorder.add(transfer)
         return transfer
+
+    def go_on(self) -> bool:
+        """Whether a download has begun and has far to go."""
+        return any(
+            transfer.progress and transfer.progress[-1][1] < FAR_TO_GO * transfer.size_bytes
+            for transfer in self._under_way
+        )
 
     async def rounds(self, size_bytes: int, until_ns: int) -> None:
         """Download the files there are; then share a new one and download that, and so on until the time
