@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from chaos_tests.rig import Rig
 
 COMPACTION_SECONDS_MAX = 15.0
-PEERS_REST_SECONDS_MAX = 40.0
+PEERS_REST_SECONDS_MAX = 60.0
 DOWNLOAD_SECONDS_MAX = 20.0  # until one is under way
 AFTER_REST_SECONDS = 5.5  # downloads go on again by then (`checkers.availability`)
 MINORITY_GONE = "kill a minority"  # `checkers.availability` asks of these two what they promise

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import shutil
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -358,11 +359,13 @@ def damaged(what: str, damage: Callable[[Rig, str, random.Random], bool]) -> Act
                 break
             await rig.start(node)
         if done:
-            rig.keep_damaged(node)
-            running.bit = await rig.refuses_to_start(node)
-            running.detail = "refused to start" if running.bit else "started"
-            if not running.bit:
-                running.wrong = f"{node} took part with {what} in its journal"
+            copy = rig.copy_damaged(node)
+            wrong = await rig.refuses_to_start(node)
+            running.bit, running.detail = not wrong, wrong or "refused to start"
+            if wrong:
+                running.wrong = f"{node} did not refuse {what} in its journal: {wrong}"
+            else:
+                shutil.rmtree(copy)
             await rig.replace(node)
 
     return act

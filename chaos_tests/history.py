@@ -65,7 +65,7 @@ class Sample(msgspec.Struct, kw_only=True, gc=False):
     role: str
     term: int
     revision: int = 0
-    remembered: int = 0  # outcomes kept: a refusal is remembered too, and does not raise the revision
+    remembered: str = ""  # the latest request: a refusal is remembered too, and does not raise the revision
     digest: str = ""
     leader: str | None = None
 

@@ -15,6 +15,7 @@ import asyncio
 import json
 import os
 import sys
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -103,9 +104,10 @@ async def _tell_when_quiet(machine: StateMachine) -> None:
 
 
 def _tell(machine: StateMachine) -> None:
-    remembered = len(machine.state.requests)
+    newest = deque(machine.state.requests, maxlen=1)
     line = {
-        "role": "", "term": 0, "revision": machine.revision, "remembered": remembered, "digest": machine.digest().hex(),
+        "role": "", "term": 0, "revision": machine.revision, "digest": machine.digest().hex(),
+        "remembered": newest[0].key.hex() if newest else "",
     }  # fmt: skip
     sys.stderr.write(f"RIG {json.dumps(line)}\n")
     sys.stderr.flush()

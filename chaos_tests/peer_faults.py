@@ -20,7 +20,7 @@ from chaos_tests.history import Fault
 from chaos_tests.rig import fill
 from chaos_tests.swarm import CliError, Peer, Swarm
 
-SMALL_FILE_BYTES = 8 << 20
+SMALL_FILE_BYTES = 4 << 20
 CROWD = 6
 PAUSE_SECONDS = (2.0, 6.0)
 Act = Callable[[Swarm, random.Random, Peer, Running], Awaitable[None]]

@@ -211,15 +211,15 @@ class Rig:
                 shutil.copy(log, out / "-".join(log.relative_to(self.folder).parts))
 
     def keep_data(self, out: Path) -> None:
-        """The nodes' data folders, for whoever looks into a failure, and the one that was damaged last as it was."""
+        """The nodes' data folders, for whoever looks into a failure, and those that were damaged and taken."""
         for folder in [node.folder for node in self.nodes.values()] + list(self.folder.glob("damaged-*")):
             if folder.exists():
                 shutil.copytree(folder, out / folder.name, dirs_exist_ok=True)
 
-    def keep_damaged(self, node_id: str) -> None:
-        for old in self.folder.glob("damaged-*"):
-            shutil.rmtree(old)
-        shutil.copytree(self.nodes[node_id].folder / "raft", self.folder / f"damaged-{node_id}")
+    def copy_damaged(self, node_id: str) -> Path:
+        copy = self.folder / f"damaged-{node_id}-{self._generation}"
+        shutil.copytree(self.nodes[node_id].folder / "raft", copy)
+        return copy
 
     def unmount(self) -> None:
         """Release small file systems."""
@@ -320,10 +320,17 @@ class Rig:
         process = self.nodes[node_id].process
         return await self.ends_within(node_id, seconds) and process is not None and process.returncode == 137
 
-    async def refuses_to_start(self, node_id: str) -> bool:
+    async def refuses_to_start(self, node_id: str) -> str:
+        """ "" when it ends by itself with a word; else what it did."""
+        place = self.nodes[node_id].log.stat().st_size
         await self.start(node_id)
         node = self.nodes[node_id]
-        return not node.alive and node.process is not None and node.process.returncode not in (0, 137, -9)
+        said = node.log.read_bytes()[place:].decode(errors="replace").strip()
+        if node.alive or node.process is None:
+            return f"it serves, and said: {said[-300:]!r}"
+        if node.process.returncode == 1 and "must not start" in said:
+            return ""
+        return f"it ended with {node.process.returncode}, and said: {said[-300:]!r}"
 
     async def replace(self, node_id: str) -> None:
         """What an operator does with a node whose folder is gone or damaged: remove it, empty the folder,

@@ -39,6 +39,7 @@ MODELS: dict[str, tuple[linearizability.State, linearizability.Step]] = {
 }
 ABSENT = {kind: initial for kind, (initial, _) in MODELS.items()}
 PLAYERS_REST_SECONDS = 3.0
+EVERY_KIND_SECONDS_MIN = 1800.0
 LEASE_SECONDS = 30.0
 LEASE_SLACK_SECONDS = 25.0  # the renewal interval, the leader's own timing from its election, and a pause
 
@@ -58,14 +59,18 @@ class Profile:
     linearizability_seconds: float
     peer_kinds: tuple[str, ...] = peer_faults.PLAIN
     raft_settings: Mapping[str, float] = field(default_factory=dict)
-    every_kind: bool = False  # each must bite; else each that was tried
+    every_kind: bool = False  # each must bite, in a run that is not shortened; else each that was tried
     fault_pause_seconds: tuple[float, float] = (0.5, 2.0)
     client_pause_seconds: float = 0.15  # on average, after each operation
 
+    @property
+    def is_whole(self) -> bool:
+        """Long enough to try every kind several times."""
+        return self.every_kind and self.seconds >= EVERY_KIND_SECONDS_MIN
 
-REQUESTS_KEPT = (
-    1_500  # beside a small log: or snapshots would grow beyond it, and none be made while a fault lasts
-)
+
+# Beside a small log: or snapshots would grow beyond it, and none be made while a fault lasts.
+REQUESTS_KEPT = 800
 SMALL_LOG = {"log_bytes_before_snapshot": 48 << 10, "keep_tail_bytes": 16 << 10, "segment_bytes": 32 << 10}
 SMOKE = Profile(75, 3, 3, 4, 4, 1, 24 << 20, "1M", faults.SMOKE, 5, 30)
 CANARY = Profile(
@@ -80,7 +85,6 @@ NIGHTLY = Profile(
     1800, 3, 4, 5, 6, 1, 48 << 20, "512K", tuple(compounds.KINDS), 5, 300, tuple(peer_faults.KINDS), SMALL_LOG,
     every_kind=True, fault_pause_seconds=(2.0, 6.0), client_pause_seconds=0.8,  # about 1,000 operations a key
 )  # fmt: skip
-EVERY_KIND_SECONDS_MIN = 1800.0  # a run that was made shorter cannot try them all
 
 NAMESPACES = Profile(
     150, 5, 3, 4, 4, 1, 24 << 20, "1M",
@@ -208,7 +212,7 @@ def _ran(history: History, broken: list[Exception]) -> Verdict:
 
 def _expected(profile: Profile, rig: Rig, swarm: Swarm | None, history: History) -> set[str]:
     """The kinds of fault that must have bitten."""
-    if not profile.every_kind or profile.seconds < EVERY_KIND_SECONDS_MIN:
+    if not profile.is_whole:
         return {fault.kind for fault in history.faults}
     kinds = {name for name in profile.kinds if compounds.KINDS[name].needs(rig) is None}
     if swarm:
@@ -289,7 +293,7 @@ def check(history: History, profile: Profile, nodes: set[str], kinds: set[str]) 
         product.check_deadlines(operations, history.loads),
         availability.check_minority_gone(history, compounds.MINORITY_GONE),
         availability.check_majority_gone(
-            history, compounds.MAJORITY_GONE, profile.peer_kinds, must_see_downloads=profile.every_kind
+            history, compounds.MAJORITY_GONE, profile.peer_kinds, must_see_downloads=profile.is_whole
         ),
         product.check_nodes(history.faults),
     ]

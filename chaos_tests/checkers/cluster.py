@@ -34,7 +34,7 @@ def check_leaders(samples: list[Sample]) -> Verdict:
 
 def check_digests(samples: list[Sample]) -> Verdict:
     name = "equal digests at equal revisions"
-    digests: dict[tuple[int, int], Sample] = {}
+    digests: dict[tuple[int, str], Sample] = {}
     compared = 0
     for sample in samples:
         if not sample.digest:

@@ -185,6 +185,8 @@ def test_different_digests_at_one_revision() -> None:
     split = [sample("a", 0, revision=9, digest="x"), sample("b", 0, revision=9, digest="y")]
     assert result(cluster.check_digests(same)) == "held"
     assert result(cluster.check_digests(split)) == "violated"
+    split[1].remembered = "a refusal later"
+    assert result(cluster.check_digests(split)) == "held"
 
 
 def test_liveness_needs_a_leader_and_agreement_in_time() -> None:
