@@ -38,6 +38,7 @@ START_SECONDS = 60.0
 CLI = [sys.executable, "-m", "trimaran"]
 SMALL_DISK_BYTES = 96 << 20
 ASK_ROLE_SECONDS = 0.2
+REFUSED_SECONDS_MAX = 15.0
 
 
 class Node:
