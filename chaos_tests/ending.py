@@ -1,4 +1,4 @@
-"""Ending a long program by a signal: what it put up is taken down, as at its own end.
+"""Ending a long program by a signal: what it put up is taken down, as at its own end; and ending tasks.
 
 Owned here: SIGTERM and SIGINT. The first one cancels the program's work, whose `finally` blocks do the rest; later ones
 are ignored, so that nobody's second Ctrl-C leaves trackers or namespaces behind.
@@ -8,12 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 T = TypeVar("T")
+
+
+async def end(tasks: Iterable[asyncio.Task[Any]]) -> list[Exception]:
+    """Cancel until they have ended; returns what they raised. Once is not enough: where a timeout is due at the same
+    moment, `aiohttp` takes the cancellation for it, and the task goes on."""
+    tasks = list(tasks)
+    while left := [task for task in tasks if not task.done()]:
+        for task in left:
+            task.cancel()
+        await asyncio.wait(left, timeout=0.2)
+    raised = [None if task.cancelled() else task.exception() for task in tasks]
+    return [error for error in raised if isinstance(error, Exception)]
 
 
 def prepare() -> None:

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
+from chaos_tests import ending
 from chaos_tests.client import request_id
 
 if TYPE_CHECKING:
@@ -29,9 +30,7 @@ async def growing(rig: Rig, nodes: Sequence[str]) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        for writer in writers:
-            writer.cancel()
-        await asyncio.gather(*writers, return_exceptions=True)
+        await ending.end(writers)
 
 
 async def _write(rig: Rig, nodes: Sequence[str], number: int) -> None:

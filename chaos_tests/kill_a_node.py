@@ -70,9 +70,7 @@ async def once(seed: int, kills: int, out: Path) -> tuple[History, float, list[V
         if world:
             world.stopping.set()
             world.hang_up.set()
-        for task in players:
-            task.cancel()
-        await asyncio.gather(*players, return_exceptions=True)
+        await ending.end(players)
         if swarm:
             await swarm.tear_down()
         if world:

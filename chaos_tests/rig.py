@@ -27,7 +27,7 @@ from email.utils import parsedate_to_datetime
 from itertools import takewhile
 from pathlib import Path
 
-from chaos_tests import wall_clock
+from chaos_tests import ending, wall_clock
 from chaos_tests.client import Api, Reply, request_id
 from chaos_tests.history import Fault, Recorder, Sample
 from chaos_tests.ports import free_ports
@@ -194,16 +194,14 @@ class Rig:
 
     async def tear_down(self) -> list[Exception]:
         """Returns what went wrong in the rig itself."""
-        for task in self._tasks:
-            task.cancel()
-        ends = await asyncio.gather(*self._tasks, return_exceptions=True)
+        raised = await ending.end(self._tasks)
         for node in self.nodes.values():
             await self.kill(node.node_id)
         for link in [*self._raft_links.values(), *self._user_links.values()]:
             await link.stop()
         for clock in self.clocks.values():
             clock.close()
-        return [end for end in ends if isinstance(end, Exception)]
+        return raised
 
     def keep_logs(self, out: Path) -> None:
         """Of nodes, of peers and of the commands in their homes."""

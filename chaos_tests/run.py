@@ -162,10 +162,7 @@ async def run(
             world.stopping.set()
             world.hang_up.set()
         await asyncio.sleep(0.5)
-        for task in tasks + players:
-            task.cancel()
-        ends = await asyncio.gather(*tasks, *players, return_exceptions=True)
-        broken += [end for end in ends if isinstance(end, Exception)]
+        broken += await ending.end([*tasks, *players])
         if swarm:
             await swarm.tear_down()
         if world:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -9,6 +10,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from chaos_tests import ending
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
@@ -84,3 +87,26 @@ def test_the_live_scenarios_leave_nothing_behind(tmp_path: Path) -> None:
     finally:
         program.kill()
         program.wait()
+
+
+async def test_a_task_that_takes_a_cancellation_for_something_else_is_ended_all_the_same() -> None:
+    taken = 0
+
+    async def stubborn() -> None:
+        nonlocal taken
+        while True:
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                taken += 1
+                if taken == 3:
+                    raise
+
+    async def broken() -> None:
+        raise ValueError("in the rig itself")
+
+    tasks = [asyncio.create_task(stubborn()), asyncio.create_task(broken())]
+    await asyncio.sleep(0)
+    raised = await asyncio.wait_for(ending.end(tasks), 10)
+    assert [str(error) for error in raised] == ["in the rig itself"]
+    assert taken == 3
