@@ -174,7 +174,7 @@ async def flash_crowd(swarm: Swarm, chance: random.Random, peer: Peer, running: 
 KINDS: dict[str, Act] = {
     "peer killed": killed,
     "peer paused": paused,
-    "peer on a garbled line": bad_line(4, garble_chance=0.02),
+    "peer on a garbled line": bad_line(6, garble_chance=0.05),
     "peer half-open": bad_line(12, held=True),
     "peer on a slow line": bad_line(6, delay_seconds=0.2),
     "peer on a narrow line": bad_line(6, bytes_per_second=64e3),
