@@ -6,7 +6,6 @@ good prefix. Made on every run, good or bad; people who would rather look than r
 from __future__ import annotations
 
 import html
-import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from chaos_tests.checkers.cluster import LED
 from chaos_tests.checkers.verdict import Verdict, held
 from chaos_tests.history import FOREVER_NS, History, Operation, Transfer
 
-WIDTH, LEFT, LANE, GAP, LABEL = 1400, 270, 16, 3, 46
+WIDTH, LEFT, LANE, GAP, LABEL = 1400, 270, 16, 3, 48
 END_COLOURS = {"ok": "#3a9d5d", "refused": "#7fb4d8", "fail": "#c9c9c9", "unknown": "#e8a33d"}
 NODE_COLOURS = ["#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3"]
 ROLE_COLOURS = {"leader": "#2f5d8a", "follower": "#b9cbe0", "candidate": "#e8a33d", "removed": "#777"}
@@ -29,6 +28,7 @@ table{border-collapse:collapse} td:first-child{white-space:nowrap} td,th{padding
 .held{color:#24743f} .violated{color:#b3261e;font-weight:600} .unknown{color:#9a6a00}
 svg{background:#fcfcfc;border:1px solid #ddd} text{font:11px system-ui,sans-serif;fill:#333}
 .legend span{margin-right:1.2rem} .legend i{display:inline-block;width:.9rem;height:.7rem;margin-right:.3rem}
+td{max-width:46rem;overflow-wrap:anywhere}
 code{background:#f1f1f1;padding:.1rem .3rem}
 """
 
@@ -139,7 +139,7 @@ def _timeline(history: History, verdicts: Sequence[Verdict]) -> str:
                 )
         y += LANE + GAP
     for fault in history.faults:
-        if fault.kind.startswith("peer"):
+        if fault.kind.startswith(("peer", "flash crowd")):
             continue  # a band through all lanes only for what happens to trackers
         width = max(1.0, x(fault.end_ns) - x(fault.begin_ns))
         shapes.insert(
@@ -160,7 +160,8 @@ def _timeline(history: History, verdicts: Sequence[Verdict]) -> str:
             )
     step = max(1, round((end_ns - first_ns) / 1e9 / 12))
     for second in range(-(-first_ns // (step * 10**9)) * step, int(end_ns / 1e9) + 1, step):
-        shapes.append(f'<text x="{x(second * 10**9):.1f}" y="{y + 14}">{second} s</text>')
+        if x(second * 10**9) < WIDTH - 40:
+            shapes.append(f'<text x="{x(second * 10**9):.1f}" y="{y + 14}">{second} s</text>')
     return f'<svg width="{WIDTH}" height="{y + 24:.0f}">{"".join(shapes)}</svg>'
 
 
@@ -232,10 +233,11 @@ def _client_lanes(history: History, shapes: list[str], x: X, y: float) -> float:
 
 def _peer_lanes(history: History, shapes: list[str], x: X, y: float) -> float:
     """For each peer when it could be reached, and under it its downloads, as many rows as run at once."""
-    names = {life.peer for life in history.lives} | {transfer.peer for transfer in history.transfers}
-    for name in sorted(
-        names, key=lambda name: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", name)]
-    ):
+    living = {life.peer for life in history.lives}
+    by_lane: dict[str, list[Transfer]] = {name: [] for name in sorted(living)}
+    for transfer in sorted(history.transfers, key=lambda transfer: transfer.begin_ns):
+        by_lane.setdefault(transfer.peer if transfer.peer in living else "crowds", []).append(transfer)
+    for name, transfers in by_lane.items():
         shapes.append(f'<text x="4" y="{y + 12}">{html.escape(name[:LABEL])}</text>')
         lives = [life for life in history.lives if life.peer == name]
         for life in lives:
@@ -245,7 +247,7 @@ def _peer_lanes(history: History, shapes: list[str], x: X, y: float) -> float:
             )
         y += 6 if lives else 0
         rows: list[float] = []  # where the last bar of each ends
-        for transfer in (t for t in history.transfers if t.peer == name):
+        for transfer in transfers:
             begin, end = x(transfer.begin_ns), x(transfer.end_ns)
             row = next((number for number, until in enumerate(rows) if until < begin), len(rows))
             rows[row : row + 1] = [max(end, begin + 2)]
