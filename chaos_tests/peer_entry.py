@@ -11,33 +11,22 @@ from __future__ import annotations
 import os
 import random
 import sys
-from typing import Any
 
-from peer.sending import PieceSender
+from peer.outlets import TlsOutlet
 
 
-class _Garbling:
-    """A writer that flips a bit now and then."""
+def lie(chance: float) -> None:
+    plain = TlsOutlet._write
 
-    def __init__(self, writer: Any, chance: float) -> None:
-        self._writer, self._chance = writer, chance
-
-    async def write(self, data: bytes) -> None:
-        if random.random() < self._chance:
+    def write(self: TlsOutlet, head: bytes, data: bytes | memoryview) -> int:
+        if isinstance(data, bytes) and random.random() < chance:  # from the file, not from memory
             place = random.randrange(len(data))
             data = data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
             sys.stderr.write('RIG {"lies": 1}\n')
             sys.stderr.flush()
-        await self._writer.write(data)
+        return plain(self, head, data)
 
-
-def lie(chance: float) -> None:
-    plain = PieceSender._send_written
-
-    async def send_written(self: PieceSender, sending: Any, writer: Any, content: Any, spans: Any) -> None:
-        await plain(self, sending, _Garbling(writer, chance), content, spans)  # type: ignore[arg-type]
-
-    PieceSender._send_written = send_written  # type: ignore[method-assign]
+    TlsOutlet._write = write  # type: ignore[method-assign]
 
 
 def main() -> None:

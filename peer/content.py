@@ -81,7 +81,9 @@ class Below:
             self._folder = -1
 
 
-class _Entry:
+class FileInUse:
+    """An open file, from `OpenFiles.hold` until `OpenFiles.release`."""
+
     __slots__ = ("descriptor", "stale", "users")
 
     def __init__(self, descriptor: int) -> None:
@@ -95,7 +97,7 @@ class OpenFiles:
 
     def __init__(self, limit: int = OPEN_FILES_MAX) -> None:
         self._limit = limit
-        self._entries: OrderedDict[tuple[Content, int], _Entry] = OrderedDict()
+        self._entries: OrderedDict[tuple[Content, int], FileInUse] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -106,20 +108,28 @@ class OpenFiles:
     @contextmanager
     def use(self, content: Content, file_index: int) -> Iterator[int]:
         """The file's descriptor, open for as long as the context lasts. Raises SourceGoneError."""
-        entry = self._entries.get((content, file_index))
-        if entry is None:
-            entry = _Entry(content.open(file_index))
-            self._entries[content, file_index] = entry
+        file = self.hold(content, file_index)
+        try:
+            yield file.descriptor
+        finally:
+            self.release(file)
+
+    def hold(self, content: Content, file_index: int) -> FileInUse:
+        """The file, open until it is released. Raises SourceGoneError."""
+        file = self._entries.get((content, file_index))
+        if file is None:
+            file = FileInUse(content.open(file_index))
+            self._entries[content, file_index] = file
         else:
             self._entries.move_to_end((content, file_index))
-        entry.users += 1
+        file.users += 1
         self._shrink()
-        try:
-            yield entry.descriptor
-        finally:
-            entry.users -= 1
-            if entry.stale and not entry.users:
-                os.close(entry.descriptor)
+        return file
+
+    def release(self, file: FileInUse) -> None:
+        file.users -= 1
+        if file.stale and not file.users:
+            os.close(file.descriptor)
 
     def forget(self, content: Content) -> None:
         """Close what is open of a share (what is in use, when its use ends)."""

@@ -10,8 +10,6 @@ would be read from the disk for that. Belongs to the event loop.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Final
 
 from .buffers import BufferPool
@@ -19,12 +17,14 @@ from .buffers import BufferPool
 KEPT_SECONDS_MAX: Final = 10.0  # since anybody wanted it
 
 
-class _Piece:
-    __slots__ = ("buffer", "kept", "length", "used_at", "users")
+class RecentPiece:
+    """`data` stays as it is from `take` until `let_go`."""
+
+    __slots__ = ("buffer", "data", "kept", "used_at", "users")
 
     def __init__(self, buffer: memoryview, length: int, used_at: float) -> None:
         self.buffer = buffer
-        self.length = length
+        self.data = buffer[:length]
         self.used_at = used_at
         self.users = 0
         self.kept = True
@@ -35,7 +35,9 @@ class RecentPieces:
 
     def __init__(self, pool: BufferPool) -> None:
         self._pool = pool
-        self._pieces: OrderedDict[tuple[str, int], _Piece] = OrderedDict()  # the one unused longest first
+        self._pieces: OrderedDict[tuple[str, int], RecentPiece] = (
+            OrderedDict()
+        )  # the one unused longest first
         self._bytes = 0
         pool.reclaim = self._give_one
 
@@ -48,27 +50,24 @@ class RecentPieces:
         if (manifest_id, index) in self._pieces:
             self._pool.give(buffer)
             return
-        self._pieces[manifest_id, index] = _Piece(buffer, length, now)
+        self._pieces[manifest_id, index] = RecentPiece(buffer, length, now)
         self._bytes += len(buffer)
         while self._bytes > self._pool.limit_bytes // 2 and self._give_one():
             pass
 
-    @contextmanager
-    def use(self, manifest_id: str, index: int, now: float) -> Iterator[memoryview | None]:
-        """The piece's bytes, which stay as they are for as long as the context lasts; None if they are not here."""
+    def take(self, manifest_id: str, index: int, now: float) -> RecentPiece | None:
+        """The piece, which stays as it is until it is let go of as often as it was taken; None if it is not here."""
         piece = self._pieces.get((manifest_id, index))
-        if piece is None:
-            yield None
-            return
-        self._pieces.move_to_end((manifest_id, index))
-        piece.used_at = now
-        piece.users += 1
-        try:
-            yield piece.buffer[: piece.length]
-        finally:
-            piece.users -= 1
-            if not piece.kept and not piece.users:
-                self._pool.give(piece.buffer)
+        if piece is not None:
+            self._pieces.move_to_end((manifest_id, index))
+            piece.used_at = now
+            piece.users += 1
+        return piece
+
+    def let_go(self, piece: RecentPiece) -> None:
+        piece.users -= 1
+        if not piece.kept and not piece.users:
+            self._pool.give(piece.buffer)
 
     def expire(self, now: float) -> None:
         """Let go of what nobody has wanted for a while."""
@@ -76,17 +75,17 @@ class RecentPieces:
             key, piece = next(iter(self._pieces.items()))
             if now - piece.used_at < KEPT_SECONDS_MAX:
                 return
-            self._let_go(key, piece)
+            self._forget(key, piece)
 
     def _give_one(self) -> bool:
         """Give the pool the buffer that was unused longest. False: there is none to give now."""
         for key, piece in self._pieces.items():
             if not piece.users:
-                self._let_go(key, piece)
+                self._forget(key, piece)
                 return True
         return False
 
-    def _let_go(self, key: tuple[str, int], piece: _Piece) -> None:
+    def _forget(self, key: tuple[str, int], piece: RecentPiece) -> None:
         del self._pieces[key]
         self._bytes -= len(piece.buffer)
         piece.kept = False

@@ -251,6 +251,10 @@ class UploadQueue:
         expected = ahead * self._seconds_per_send / self._sends_max
         return min(max(expected, RETRY_AFTER_SECONDS_MIN), RETRY_AFTER_SECONDS_MAX)
 
+    def bytes_per_second(self, now: float) -> float:
+        """What goes out now, 0 while nothing is known."""
+        return self._rate.bytes_per_second(now)
+
     def declared(self, now: float) -> Declared:
         """For the link's `load` frame: what is so, not what would be liked."""
         return Declared(

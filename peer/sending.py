@@ -1,12 +1,14 @@
-"""Moving a piece's bytes from files to a socket without touching them.
+"""Moving a piece's bytes from files or memory to a connection.
 
-Owned here: the loop around sendfile (plain) and around 256 KiB writes (TLS), the upload rate, the least rate a
-reader must take, and ending a send that lost its right. Left to others: who is sent what (`sender.py`), HTTP
-(`server.py`), open files (`content.py`).
+Owned here: a send as a machine that goes on whenever what it waits for has come (room in the socket, pages from the
+disk, its turn under the upload limit), the least rate a reader must take, and ending a send that lost its right. Left to
+others: who is sent what (`sender.py`), requests (`server.py`, `short_way.py`), open files (`content.py`), what differs
+between plain TCP and TLS (`outlets.py`).
 
-The event loop must not wait for a disk: before each stretch is sent, its pages are probed (preadv with RWF_NOWAIT);
-those that are not in memory are read ahead by the executor. Each stretch is preceded by one fstat, so a source that
-changes in the middle of a piece is noticed before the piece's last bytes leave.
+A send has no task: most pieces go into the socket at once, within the call that began them. The event loop must not
+wait for a disk: before each stretch is sent, its pages are probed (preadv with RWF_NOWAIT); those that are not in memory
+are read ahead by the executor. Each stretch is preceded by one fstat, so a source that changes in the middle of a piece
+is noticed before the piece's last bytes leave. All sends together move at most `TURN_BYTES` in a turn of the loop.
 """
 
 from __future__ import annotations
@@ -14,26 +16,24 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-import socket
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from typing import Final
 
-from aiohttp.abc import AbstractStreamWriter
-
 from cluster.api.tokens import Claims
 
-from .content import Content, OpenFiles, SourceGoneError
+from .content import Content, FileInUse, OpenFiles, SourceGoneError
+from .deadlines import Deadlines
+from .outlets import Outlet
 from .pacer import Pacer
 from .sender import too_slow
 
-STRETCH_BYTES: Final = 1 << 20
-TLS_WRITE_BYTES: Final = 256 << 10
 LIMITED_BYTES: Final = 64 << 10
 TURN_BYTES: Final = 4 << 20  # then the loop gets a turn
 BLOCKED_SECONDS_MAX: Final = 10.0
 READER_BYTES_PER_SECOND_MIN: Final = 4096.0
-_MORE_COMES: Final = getattr(socket, "MSG_MORE", 0)
+
+_Span = tuple[int, int, int]  # file index, offset, bytes
 
 
 class CutError(Exception):
@@ -41,250 +41,270 @@ class CutError(Exception):
 
 
 class Sending:
-    """One send in progress. `cut` ends it within a turn of the loop."""
+    """One send, from `go` until `ended` is called: with None, all went; else with what went wrong (SourceGoneError,
+    CutError, OSError), and the connection is of no use any more unless nothing was `begun`. `ended` may be called by
+    `go` itself."""
 
-    def __init__(self, transport: asyncio.Transport, claims: Claims, manifest_id: str) -> None:
-        self.transport = transport
+    __slots__ = (
+        "_at", "_blocked_at", "_blocked_seconds", "_content", "_end", "_ended", "_file", "_file_index", "_handle",
+        "_head_bytes", "_memory", "_paid", "_present", "_reading", "_sender", "_span", "_spans", "_until", "_watched",
+        "claims", "head", "manifest_id", "outlet", "over", "sent_bytes",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        sender: PieceSender,
+        outlet: Outlet,
+        claims: Claims,
+        manifest_id: str,
+        head: bytes,
+        content: Content,
+        spans: Sequence[_Span],
+        memory: memoryview | None,
+        ended: Callable[[Sending, Exception | None], None],
+    ) -> None:
+        """A response: its head, then the spans of a share, or `memory` in their stead (which must stay as it is)."""
+        self.outlet = outlet
         self.claims = claims
         self.manifest_id = manifest_id
         self.sent_bytes = 0
-        self.blocked_seconds = 0.0
-        self._reason = ""
-        self._waiter: asyncio.Future[None] | None = None
+        self.over = False
+        self._sender = sender
+        self.head = head  # what has not left
+        self._head_bytes = len(head)
+        self._content = content
+        self._spans = spans if memory is None else ((-1, 0, len(memory)),)
+        self._span = 0  # the next one
+        self._memory = memory
+        self._file: FileInUse | None = None
+        self._file_index = -1
+        self._at = self._until = self._end = 0  # in the span: next byte, end of the stretch, end of the span
+        self._paid = 0  # bytes of the next stretch, granted by the pacer
+        self._present = False  # the next stretch was read ahead
+        self._ended = ended
+        self._handle: asyncio.Handle | None = None
+        self._reading: asyncio.Future[None] | None = None
+        self._watched = False
+        self._blocked_at: float | None = None
+        self._blocked_seconds = 0.0
+
+    @property
+    def begun(self) -> bool:
+        """Whether any byte of the response went."""
+        return len(self.head) < self._head_bytes
 
     def cut(self, reason: str) -> None:
-        self._reason = self._reason or reason
-        self.transport.abort()
-        self.wake()
+        """End it now; not a byte follows."""
+        self._finish(CutError(reason))
 
-    def wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+    def lost(self) -> None:
+        self._finish(ConnectionResetError("the reader went away"))
 
-    def check(self) -> None:
-        if self._reason:
-            raise CutError(self._reason)
-        if self.transport.is_closing():
-            raise ConnectionResetError("the reader went away")
-
-    async def writable(self, descriptor: int) -> None:
-        """Wait until the socket takes more; raises CutError for a reader that takes too little."""
-        loop = asyncio.get_running_loop()
-        self._waiter = loop.create_future()
-        began = loop.time()
-        loop.add_writer(descriptor, self.wake)
-        timer = loop.call_later(BLOCKED_SECONDS_MAX, self.wake)
+    def go(self) -> None:
+        """Begin, or go on: send until there is something to wait for, or an end."""
+        if self.over:
+            return
+        sender, outlet = self._sender, self.outlet
+        self._handle = None
+        now = sender.loop.time()
         try:
-            await self._waiter
-        finally:
-            timer.cancel()
-            loop.remove_writer(descriptor)
-            self._waiter = None
-        self.check()
-        waited = loop.time() - began
-        self.blocked_seconds += waited
-        if waited >= BLOCKED_SECONDS_MAX or too_slow(
-            self.sent_bytes, self.blocked_seconds, bytes_per_second_min=READER_BYTES_PER_SECOND_MIN
-        ):
-            self.cut("the reader takes too little")
-            self.check()
+            if self._blocked_at is not None:
+                self._check_reader(now)
+            if outlet.transport.is_closing():
+                raise ConnectionResetError("the reader went away")
+            while self._at < self._until or self._next_stretch(now):
+                if not sender.has_turn():
+                    self._wait_for(sender.loop.call_soon(self.go))
+                    return
+                count = self._send()
+                self._at += count
+                self.sent_bytes += count
+                sender.sent(count, now)
+                if self._at < self._until:  # the socket took what it had room for
+                    self._wait_for_room(now)
+                    return
+        except BlockingIOError:
+            self._wait_for_room(now)
+        except (SourceGoneError, CutError, OSError) as error:
+            self._finish(error)
+        except Exception as error:  # a defect of ours must not keep the slot
+            self._finish(error)
+            raise
+
+    def _send(self) -> int:
+        """Bytes of the piece that went; the head goes before them."""
+        if self._memory is not None:
+            count = self.outlet.send_memory(self.head, self._memory[self._at : self._until])
+            if not self.head:
+                return count
+            of_head = min(count, len(self.head))
+            self.head = self.head[of_head:]
+            return count - of_head
+        if self.head:
+            self.head = self.head[self.outlet.send_head(self.head) :]
+            if self.head:
+                return 0
+        assert self._file is not None
+        count = self.outlet.send_file(self._file.descriptor, self._at, self._until - self._at)
+        if count == 0:
+            raise SourceGoneError(f"{self._content.file(self._file_index)} is shorter than it was")
+        return count
+
+    def _next_stretch(self, now: float) -> bool:
+        """Whether there is more to send now. If not, it has ended, or is waiting for something."""
+        sender = self._sender
+        if self._at == self._end:
+            if self._span == len(self._spans):
+                self._finish(None)
+                return False
+            self._file_index, self._at, length = self._spans[self._span]
+            self._until, self._end = self._at, self._at + length
+            self._span += 1
+            if self._memory is None:
+                self._leave_file()
+                self._file = sender.files.hold(self._content, self._file_index)
+        if not self._paid:
+            self._paid = min(self.outlet.stretch_bytes, self._end - self._at)
+            if sender.pacer.bytes_per_second:
+                self._paid = min(self._paid, LIMITED_BYTES)
+                seconds = sender.pacer.take(self._paid, sender.loop.time())
+                if seconds > 0:
+                    self._wait_for(sender.loop.call_later(seconds, self.go))
+                    return False
+        if self._file is not None:
+            self._content.check(self._file_index, self._file.descriptor)
+            if not self._present and not sender.in_memory(self._file.descriptor, self._at, self._paid):
+                self._read_ahead()
+                return False
+        self._until = self._at + self._paid
+        self._paid, self._present = 0, False
+        return True
+
+    # --- waiting ----------------------------------------------------------------------------------
+
+    def _wait_for(self, handle: asyncio.Handle | None) -> None:
+        self._handle = handle
+        if self._watched:
+            self._watched = False
+            self.outlet.unwatch()
+
+    def _wait_for_room(self, now: float) -> None:
+        self._blocked_at = now
+        self._sender.blocked.add(self, now)
+        if not self._watched:
+            self._watched = True
+            self.outlet.watch(self.go)
+
+    def _check_reader(self, now: float) -> None:
+        """There is room again. Raises CutError for a reader that takes too little."""
+        assert self._blocked_at is not None
+        self._blocked_seconds += now - self._blocked_at
+        self._blocked_at = None
+        self._sender.blocked.remove(self)
+        if too_slow(self.sent_bytes, self._blocked_seconds, bytes_per_second_min=READER_BYTES_PER_SECOND_MIN):
+            raise CutError("the reader takes too little")
+
+    def _read_ahead(self) -> None:
+        assert self._file is not None
+        sender = self._sender
+        self._wait_for(None)
+        self._reading = sender.loop.run_in_executor(
+            sender.executor, _read_ahead, self._file.descriptor, self._at, self._paid
+        )
+        self._reading.add_done_callback(self._was_read)
+
+    def _was_read(self, reading: asyncio.Future[None]) -> None:
+        self._reading = None
+        error = CutError("this peer is stopping") if reading.cancelled() else reading.exception()
+        if self.over:
+            self._leave_file()
+        elif error is not None:
+            self._finish(error if isinstance(error, Exception) else CutError(str(error)))
+        else:
+            self._present = True
+            self.go()
+
+    # --- the end ----------------------------------------------------------------------------------
+
+    def _finish(self, error: Exception | None) -> None:
+        if self.over:
+            return
+        self.over = True
+        if self._handle is not None:
+            self._handle.cancel()
+        self._wait_for(None)
+        if self._blocked_at is not None:
+            self._sender.blocked.remove(self)
+        if self._reading is None:  # else the file is in use until then
+            self._leave_file()
+        self._memory = None
+        if error is None:
+            self.outlet.rest()
+        elif self.begun or not isinstance(error, SourceGoneError):
+            # Bytes were promised that will not come: only the end of the connection can say so.
+            self.outlet.transport.abort()
+        self._ended(self, error)
+
+    def _leave_file(self) -> None:
+        if self._file is not None:
+            self._sender.files.release(self._file)
+            self._file = None
 
 
 class PieceSender:
-    """Sends spans of shares. One for the whole peer."""
+    """What all sends of a peer share."""
 
     def __init__(
         self, files: OpenFiles, executor: Executor, pacer: Pacer, moved: Callable[[int, float], None]
     ) -> None:
-        self._files = files
-        self._executor = executor
-        self._pacer = pacer
+        self.files = files
+        self.executor = executor
+        self.pacer = pacer
+        self.loop = asyncio.get_running_loop()
+        self.blocked: Deadlines[Sending] = Deadlines(
+            lambda: BLOCKED_SECONDS_MAX, lambda sending: sending.cut("the reader takes too little")
+        )
         self._moved = moved
+        self._turn_left = TURN_BYTES
         self._byte = bytearray(1)
         self._probes = hasattr(os, "RWF_NOWAIT")
 
-    def look(self, content: Content, spans: Sequence[tuple[int, int, int]]) -> None:
+    def start(self, sending: Sending) -> None:
+        sending.go()
+
+    def look(self, content: Content, spans: Sequence[_Span]) -> None:
         """Raises SourceGoneError if any file of the spans is not what it was."""
         for file_index, _, _ in spans:
-            with self._files.use(content, file_index) as descriptor:
+            with self.files.use(content, file_index) as descriptor:
                 content.check(file_index, descriptor)
 
-    async def send(
-        self,
-        sending: Sending,
-        head: bytes,
-        content: Content,
-        spans: Sequence[tuple[int, int, int]],
-        memory: memoryview | None,
-    ) -> None:
-        """Send a response: its head, then the spans of a share, or `memory` (which stays as it is) in their stead.
-        Raises SourceGoneError, CutError, OSError; then the connection is of no use any more."""
-        target = _duplicate(sending.transport)
-        try:
-            while sending.transport.get_write_buffer_size():  # an earlier answer, on its way
-                await sending.writable(target.fileno())
-            if memory is not None:
-                await self._send_memory(sending, target, head, memory)
-            else:
-                await self._send_files(sending, target, head, content, spans)
-        finally:
-            target.close()
+    def has_turn(self) -> bool:
+        """Whether more may be sent in this turn of the loop."""
+        return self._turn_left > 0
 
-    async def _send_memory(
-        self, sending: Sending, target: socket.socket, head: bytes, data: memoryview
-    ) -> None:
-        offset = turn = 0
-        while offset < len(data):
-            stretch = min(STRETCH_BYTES, len(data) - offset)
-            if self._pacer.bytes_per_second:
-                stretch = await self._paced(sending, stretch)
-            sending.check()
-            until = offset + stretch
-            while offset < until:
-                try:
-                    count = target.sendmsg([head, data[offset:until]])
-                except BlockingIOError:
-                    await sending.writable(target.fileno())
-                    continue
-                count, head = count - len(head[:count]), head[count:]
-                offset += count
-                turn += count
-                self._count(sending, count)
-            if turn >= TURN_BYTES:
-                turn = 0
-                await asyncio.sleep(0)
+    def sent(self, count: int, now: float) -> None:
+        if self._turn_left == TURN_BYTES:
+            self.loop.call_soon(self._new_turn)
+        self._turn_left -= count
+        self._moved(count, now)
 
-    async def _send_files(
-        self,
-        sending: Sending,
-        target: socket.socket,
-        head: bytes,
-        content: Content,
-        spans: Sequence[tuple[int, int, int]],
-    ) -> None:
-        turn = 0
-        for file_index, offset, length in spans:
-            with self._files.use(content, file_index) as descriptor:
-                end = offset + length
-                while offset < end:
-                    stretch = min(STRETCH_BYTES, end - offset)
-                    if self._pacer.bytes_per_second:
-                        stretch = await self._paced(sending, stretch)
-                    content.check(file_index, descriptor)
-                    await self._in_memory(descriptor, offset, stretch)
-                    while head:  # held back by the kernel until the first bytes of the piece go with it
-                        sending.check()
-                        try:
-                            head = head[target.send(head, _MORE_COMES) :]
-                        except BlockingIOError:
-                            await sending.writable(target.fileno())
-                    until = offset + stretch
-                    while offset < until:
-                        sending.check()
-                        try:
-                            count = os.sendfile(target.fileno(), descriptor, offset, until - offset)
-                        except BlockingIOError:
-                            await sending.writable(target.fileno())
-                            continue
-                        if count == 0:
-                            raise SourceGoneError(f"{content.file(file_index)} is shorter than it was")
-                        offset += count
-                        turn += count
-                        self._count(sending, count)
-                    if turn >= TURN_BYTES:
-                        turn = 0
-                        await asyncio.sleep(0)
+    def _new_turn(self) -> None:
+        self._turn_left = TURN_BYTES
 
-    async def send_tls(
-        self,
-        sending: Sending,
-        writer: AbstractStreamWriter,
-        content: Content,
-        spans: Sequence[tuple[int, int, int]],
-        memory: memoryview | None,
-    ) -> None:
-        """`send` over TLS, after a head that the writer has."""
-        if memory is None:
-            await self._send_written(sending, writer, content, spans)
-            return
-        for offset in range(0, len(memory), TLS_WRITE_BYTES):
-            stretch = memory[offset : offset + TLS_WRITE_BYTES]
-            while stretch:
-                allowed = len(stretch)
-                if self._pacer.bytes_per_second:
-                    allowed = await self._paced(sending, allowed)
-                # A copy: what TLS cannot send at once it keeps, and this memory will hold another piece by then.
-                await self._write(sending, writer, bytes(stretch[:allowed]))
-                stretch = stretch[allowed:]
-
-    async def _send_written(
-        self,
-        sending: Sending,
-        writer: AbstractStreamWriter,
-        content: Content,
-        spans: Sequence[tuple[int, int, int]],
-    ) -> None:
-        for file_index, offset, length in spans:
-            with self._files.use(content, file_index) as descriptor:
-                end = offset + length
-                while offset < end:
-                    stretch = min(TLS_WRITE_BYTES, end - offset)
-                    if self._pacer.bytes_per_second:
-                        stretch = await self._paced(sending, stretch)
-                    content.check(file_index, descriptor)
-                    await self._in_memory(descriptor, offset, stretch)
-                    data = os.pread(descriptor, stretch, offset)
-                    if not data:
-                        raise SourceGoneError(f"{content.file(file_index)} is shorter than it was")
-                    await self._write(sending, writer, data)
-                    offset += len(data)
-
-    async def _write(self, sending: Sending, writer: AbstractStreamWriter, data: bytes) -> None:
-        loop = asyncio.get_running_loop()
-        sending.check()
-        began = loop.time()
-        try:
-            async with asyncio.timeout(BLOCKED_SECONDS_MAX):
-                await writer.write(data)
-        except TimeoutError:
-            sending.cut("the reader takes too little")
-        sending.check()
-        sending.blocked_seconds += loop.time() - began
-        self._count(sending, len(data))
-
-    async def _paced(self, sending: Sending, stretch: int) -> int:
-        stretch = min(stretch, LIMITED_BYTES)
-        seconds = self._pacer.take(stretch, asyncio.get_running_loop().time())
-        while seconds > 0:  # in short naps, so that a cut is noticed
-            await asyncio.sleep(min(seconds, 0.25))
-            sending.check()
-            seconds -= 0.25
-        return stretch
-
-    def _count(self, sending: Sending, count: int) -> None:
-        sending.sent_bytes += count
-        self._moved(count, asyncio.get_running_loop().time())
-
-    async def _in_memory(self, descriptor: int, offset: int, length: int) -> None:
+    def in_memory(self, descriptor: int, offset: int, length: int) -> bool:
+        """Whether reading this stretch needs no disk, as far as its ends tell."""
         if not self._probes:
-            return
+            return True
         try:
             for at in (offset, offset + length - 1):
                 os.preadv(descriptor, [self._byte], at, os.RWF_NOWAIT)
         except BlockingIOError:
-            await asyncio.get_running_loop().run_in_executor(
-                self._executor, _read_ahead, descriptor, offset, length
-            )
+            return False
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
                 raise
             self._probes = False  # this file system cannot say
-
-
-def _duplicate(transport: asyncio.Transport) -> socket.socket:
-    """A socket of our own on the transport's connection: asyncio keeps the transport's descriptor to itself."""
-    own = transport.get_extra_info("socket")
-    return socket.socket(own.family, own.type, own.proto, fileno=os.dup(own.fileno()))
+        return True
 
 
 def _read_ahead(descriptor: int, offset: int, length: int) -> None:

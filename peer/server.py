@@ -2,8 +2,9 @@
 
 Owned here: the routes, the order of checks (token, then existence: a stranger learns nothing about what exists),
 upload slots over HTTP, and ending every transfer whose right was withdrawn. Left to others: the decision about a
-token (`access.py`), the choice of a piece and the queue (`sender.py`), moving bytes (`sending.py`), links (`links.py`),
-manifests (`manifest_sending.py`), how many connections there may be (`door.py`).
+token (`access.py`), the choice of a piece and the queue (`sender.py`), which requests need no aiohttp (`short_way.py`),
+moving bytes (`sending.py`), links (`links.py`), manifests (`manifest_sending.py`), how many connections there may be
+(`door.py`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import asyncio
 import itertools
 import re
 import ssl
-import weakref
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from pathlib import Path
@@ -27,25 +27,31 @@ from cluster.api.certificates import peer_id_of
 from cluster.api.tokens import Claims
 
 from .access import Access, AccessRefusedError
-from .bitmap import BitmapError, from_wire
+from .bitmap import BitmapError, Mask, from_wire
 from .content import OpenFiles, SourceGoneError
-from .door import Door, Server
+from .deadlines import Deadlines
+from .door import Door
 from .manifest_sending import ManifestsBusyError, ManifestSender
 from .pacer import Pacer
 from .recent import RecentPieces
 from .sender import Busy, UploadQueue
-from .sending import CutError, PieceSender, Sending
+from .sending import CutError, Sending
+from .short_way import Asked, Connection, ShortWay
 from .swarm import Swarm, Swarms
+from .uploads import Uploads
 
 BODY_BYTES_MAX: Final = 1 << 20
 QUEUE_SECONDS_MAX: Final = 8.0
 SILENT_SECONDS_MAX: Final = 30.0  # a connection's first request must be whole by then
 BODY_SECONDS_MAX: Final = 10.0
-LOOKED_AT_FIRST_MAX: Final = 4  # files
 KEPT_SECONDS: Final = 90.0  # a connection that asks for nothing more
+SWEEP_SECONDS: Final = 5.0
 _PATH: Final = re.compile(r"/v1/swarms/([0-9a-f]{64})/([a-z]+)(?:/([0-9]{1,8}))?")
 _RANGE: Final = re.compile(r"bytes=(\d{1,12})-(\d{1,12})?")
 
+
+_NOTHING_TO_CHOOSE: Final = b"HTTP/1.1 204 No Content\r\n\r\n"
+_NEVER_SECONDS: Final = 1e9
 
 _Route = Callable[[web.BaseRequest, str, int], Awaitable[web.StreamResponse]]
 
@@ -86,21 +92,24 @@ class PieceServer:
         up: Pacer,
     ) -> None:
         self.queue = UploadQueue()
+        self.uploads = Uploads(
+            seconds_left=access.seconds_left, files=files, recent=recent, executor=executor, withdraw=withdraw, up=up,
+            queue=self.queue,
+        )  # fmt: skip
         self._peer_id = peer_id
         self._swarms = swarms
         self._access = access
         self._manifest_file = manifest_file
-        self._withdraw = withdraw
         self._link = link
         self._up = up
-        self._recent = recent
-        self._sender = PieceSender(files, executor, up, self.queue.moved)
         self._manifests = ManifestSender(up, access.seconds_left)
-        self._sendings: set[Sending] = set()
+        self._loop = asyncio.get_running_loop()
         self._tickets = itertools.count(1)
-        self._granted: dict[int, asyncio.Future[None]] = {}
-        self._callers: weakref.WeakKeyDictionary[asyncio.BaseTransport, str] = weakref.WeakKeyDictionary()
+        # Who waits for a slot, by ticket: what is called when it comes, and says whether it is still wanted.
+        self._granted: dict[int, Callable[[], bool]] = {}
+        self._waiting: Deadlines[Asked] = Deadlines(lambda: QUEUE_SECONDS_MAX, self._waited_in_vain)
         self._silent: dict[web.RequestHandler, asyncio.TimerHandle] = {}
+        self._sweeper: asyncio.TimerHandle | None = None
         self._tls = False
         # What may be asked of a swarm: by method, what it is, and whether a piece's index follows.
         self.routes: dict[tuple[str, str, bool], _Route] = {
@@ -109,6 +118,7 @@ class PieceServer:
             ("POST", "next", False): self._next,
             ("GET", "link", False): self._open_link,
         }
+        self._way: ShortWay | None = None
         self._runner: web.ServerRunner | None = None
         self._door: Door | None = None
 
@@ -116,37 +126,49 @@ class PieceServer:
 
     async def start(self, host: str, port: int, tls: ssl.SSLContext | None) -> tuple[str, int]:
         """Listen; returns the address in use. Raises OSError."""
-        # aiohttp's server without its application: the routes are few, and a request is a piece (decision 505).
-        server = Server(
+        # aiohttp's server without its application: the routes are few, and a request is a piece (decision 505). Its
+        # own timer does not see the requests of the short way, so one sweep closes idle connections of both ways.
+        self._way = way = ShortWay(
+            self,
             self._answer,
-            lost=lambda connection: door.left(connection),
+            lost=self._lost,
             handler_cancellation=True,
             access_log=None,
-            keepalive_timeout=KEPT_SECONDS,
+            keepalive_timeout=_NEVER_SECONDS,
         )
-        self._runner = web.ServerRunner(server, shutdown_timeout=0.5)
+        self._runner = web.ServerRunner(way, shutdown_timeout=0.5)
         await self._runner.setup()
         self._tls = tls is not None
-        loop = asyncio.get_running_loop()
+        loop = self._loop
 
         def opened() -> web.RequestHandler:
-            connection = server()
+            connection = way()
             self._silent[connection] = loop.call_later(SILENT_SECONDS_MAX, self._end_silent, connection)
+            if self._sweeper is None:
+                self._sweeper = loop.call_later(SWEEP_SECONDS, self._sweep)
             return connection
 
-        self._door = door = Door(opened, self._ended)
-        return await door.open(host, port, tls)
+        self._door = Door(opened, self._ended)
+        return await self._door.open(host, port, tls)
 
     async def stop(self) -> None:
         if self._door is not None:
             await self._door.close()
-        for sending in list(self._sendings):
-            sending.cut("this peer is stopping")
+        for asked in self._waiting:  # first: what is cut now leaves them its slots
+            asked.connection.force_close()
+        self._waiting.stop()
+        self.uploads.stop()
+        if self._sweeper is not None:
+            self._sweeper.cancel()
         for timer in self._silent.values():
             timer.cancel()
         self._silent.clear()
         if self._runner is not None:
             await self._runner.cleanup()
+
+    def _lost(self, connection: web.RequestHandler) -> None:
+        assert self._door is not None
+        self._door.left(connection)
 
     def _ended(self, connection: web.RequestHandler) -> None:
         if (timer := self._silent.pop(connection, None)) is not None:
@@ -157,11 +179,27 @@ class PieceServer:
         self._silent.pop(connection, None)
         connection.force_close()
 
+    def _sweep(self) -> None:
+        """The same for those that ask for nothing any more."""
+        assert self._way is not None
+        before = self._loop.time() - KEPT_SECONDS
+        connections = self._way.connections
+        for connection in connections:
+            assert isinstance(connection, Connection)
+            if not connection.answering and connection.asked_at < before:
+                connection.force_close()
+        self._sweeper = self._loop.call_later(SWEEP_SECONDS, self._sweep) if connections else None
+
+    def _touched(self, connection: Connection, more: int) -> None:
+        """It asks for something (1), or was answered (-1)."""
+        connection.answering += more
+        connection.asked_at = self._loop.time()
+        if self._silent and (timer := self._silent.pop(connection, None)) is not None:
+            timer.cancel()
+
     def recheck(self) -> None:
         """Something was withdrawn: end every transfer whose right is gone."""
-        for sending in list(self._sendings):
-            if not self._allowed(sending.claims, sending.manifest_id):
-                sending.cut("the right was withdrawn")
+        self.uploads.recheck(self._allowed)
         self._manifests.recheck(self._allowed)
 
     def _allowed(self, claims: Claims, manifest_id: str) -> bool:
@@ -176,30 +214,31 @@ class PieceServer:
 
     @property
     def sendings(self) -> int:
-        return len(self._sendings)
+        return len(self.uploads)
 
     # --- who asks -------------------------------------------------------------------------------
 
-    def _caller(self, request: web.BaseRequest) -> str | None:
+    def _caller(self, connection: Connection) -> str | None:
         """The peer that TLS proved; None without TLS."""
         if not self._tls:
             return None
-        transport = request.transport
-        if transport is None:
-            raise ConnectionResetError
-        known = self._callers.get(transport)
-        if known is None:
-            known = peer_id_of(transport.get_extra_info("ssl_object"))
-            if known is None:
+        if connection.peer_id is None:
+            if connection.transport is None:
+                raise ConnectionResetError
+            connection.peer_id = peer_id_of(connection.transport.get_extra_info("ssl_object"))
+            if connection.peer_id is None:
                 raise _Refusal(403, "not-a-peer", "The certificate is not a peer's.")
-            self._callers[transport] = known
-        return known
+        return connection.peer_id
 
     def _admit(self, request: web.BaseRequest, manifest_id: str) -> tuple[Claims, Swarm]:
         header = request.headers.get("Authorization", "")
         token = header[7:] if header.startswith("Bearer ") else None
+        return self._check(_connection(request), token, manifest_id)
+
+    def _check(self, connection: Connection, token: str | None, manifest_id: str) -> tuple[Claims, Swarm]:
+        """Who asks, and what of, on both ways. Raises _Refusal."""
         try:
-            claims = self._access.check(token, self._caller(request))
+            claims = self._access.check(token, self._caller(connection))
         except AccessRefusedError as refused:
             raise _Refusal(refused.status, refused.code, refused.message) from refused
         swarm = self._swarms.get(manifest_id)
@@ -210,9 +249,7 @@ class PieceServer:
         if claims.peer_id in swarm.banned:
             raise _Refusal(403, "banned", "This peer sent wrong pieces.")
         if swarm.gone_reason:
-            raise _Refusal(
-                410, "withdrawn-source", "This share was withdrawn: its source changed or is gone."
-            )
+            raise _gone()
         return claims, swarm
 
     # --- routes ---------------------------------------------------------------------------------
@@ -233,7 +270,7 @@ class PieceServer:
         try:
             self._access.check(
                 request.headers.get("Authorization", "").removeprefix("Bearer ") or None,
-                self._caller(request),
+                self._caller(_connection(request)),
             )
         except AccessRefusedError as refused:
             raise _Refusal(refused.status, refused.code, refused.message) from refused
@@ -251,36 +288,29 @@ class PieceServer:
 
     async def _piece(self, request: web.BaseRequest, manifest_id: str, index: int) -> web.StreamResponse:
         claims, swarm = self._admit(request, manifest_id)
-        if index >= swarm.manifest.pieces or not swarm.has(index):
-            raise _Refusal(404, "piece-not-held", "This peer does not have that piece.")
+        _check_held(swarm, index)
         start, length, status = _range(request, swarm.manifest.layout.piece_length(index))
-        ticket = await self._slot(claims)
+        ticket = await self._slot(claims, _connection(request))
         try:
             claims, swarm = self._admit(request, manifest_id)  # it may have waited
-            if not swarm.has(index):
-                raise _Refusal(404, "piece-not-held", "This peer does not have that piece.")
-            return await self._send(request, claims, swarm, index, start, length, status)
+            _check_held(swarm, index)
+            return await self._send(request, claims, swarm, index, (start, length), status)
         finally:
             self._free(ticket)
 
     async def _next(self, request: web.BaseRequest, manifest_id: str, _: int) -> web.StreamResponse:
         claims, swarm = self._admit(request, manifest_id)
-        try:
-            async with asyncio.timeout(BODY_SECONDS_MAX):
-                data = await request.read()
-            body = msgspec.msgpack.decode(data, type=NextBody)
-            want = from_wire(body.want, swarm.manifest.pieces)
-        except (msgspec.DecodeError, BitmapError) as error:
-            raise _Refusal(400, "bad-body", f"The body is not what it must be: {error}.") from error
-        ticket = await self._slot(claims)
+        async with asyncio.timeout(BODY_SECONDS_MAX):
+            data = await request.read()
+        want = _wanted(data, swarm)
+        ticket = await self._slot(claims, _connection(request))
         try:
             claims, swarm = self._admit(request, manifest_id)  # it may have waited
-            now = asyncio.get_running_loop().time()
-            index = swarm.choice.choose(claims.peer_id, want, now)
+            index = swarm.choice.choose(claims.peer_id, want, self._loop.time())
             if index is None:
                 return web.Response(status=204)
             length = swarm.manifest.layout.piece_length(index)
-            return await self._send(request, claims, swarm, index, 0, length, 200)
+            return await self._send(request, claims, swarm, index, (0, length), 200)
         finally:
             self._free(ticket)
 
@@ -288,24 +318,33 @@ class PieceServer:
         claims, swarm = self._admit(request, manifest_id)
         return await self._link(request, swarm, claims)
 
-    # --- sending --------------------------------------------------------------------------------
+    # --- slots ----------------------------------------------------------------------------------
 
-    async def _slot(self, claims: Claims) -> int:
+    async def _slot(self, claims: Claims, connection: Connection) -> int:
         """A ticket that may send now. Raises 429."""
-        loop = asyncio.get_running_loop()
+        if connection.waited:
+            raise _busy(Busy(self.queue.retry_after_seconds(), 0))
         ticket = next(self._tickets)
-        said = self.queue.ask(claims.peer_id, ticket, loop.time())
+        said = self.queue.ask(claims.peer_id, ticket, self._loop.time())
         if isinstance(said, Busy):
-            raise self._busy(said)
+            raise _busy(said)
         if said:
             return ticket
-        granted = self._granted[ticket] = loop.create_future()
+        turn: asyncio.Future[None] = self._loop.create_future()
+
+        def granted() -> bool:
+            if turn.done():
+                return False
+            turn.set_result(None)
+            return True
+
+        self._granted[ticket] = granted
         try:
             async with asyncio.timeout(QUEUE_SECONDS_MAX):
-                await granted
+                await turn
         except TimeoutError:
             self._free(ticket)
-            raise self._busy(Busy(self.queue.retry_after_seconds(), 0)) from None
+            raise _busy(Busy(self.queue.retry_after_seconds(), 0)) from None
         except asyncio.CancelledError:
             self._free(ticket)
             raise
@@ -313,18 +352,13 @@ class PieceServer:
             self._granted.pop(ticket, None)
         return ticket
 
-    def _busy(self, busy: Busy) -> _Refusal:
-        refusal = _Refusal(429, "busy", "All upload slots are taken.", busy.retry_after_seconds)
-        refusal.queue = busy.queue
-        return refusal
-
     def _free(self, ticket: int) -> None:
-        for granted in self.queue.finished(ticket, asyncio.get_running_loop().time()):
-            waiting = self._granted.get(granted)
-            if waiting is not None and not waiting.done():
-                waiting.set_result(None)
-            else:
+        for granted in self.queue.finished(ticket, self._loop.time()):
+            wanted = self._granted.pop(granted, None)
+            if wanted is None or not wanted():
                 self._free(granted)
+
+    # --- sending --------------------------------------------------------------------------------
 
     async def _send(
         self,
@@ -332,69 +366,36 @@ class PieceServer:
         claims: Claims,
         swarm: Swarm,
         index: int,
-        start: int,
-        length: int,
+        part: tuple[int, int],
         status: int,
     ) -> web.StreamResponse:
-        transport = request.transport
-        if not isinstance(transport, asyncio.Transport) or transport.is_closing():
+        outlet = _connection(request).outlet
+        if request.transport is None or outlet is None:
             raise ConnectionResetError("the reader went away")
-        loop = asyncio.get_running_loop()
-        layout = swarm.manifest.layout
-        spans = layout.spans_of(index * layout.piece_bytes + start, length)
-        sending = Sending(transport, claims, swarm.manifest_id)
-        rate = self._up.bytes_per_second or self.queue.declared(loop.time()).bytes_per_second or 1e6
-        swarm.choice.started(claims.peer_id, index, loop.time(), length / rate)
-        self._sendings.add(sending)
-        # A token can end between two looks at all rights: nothing is sent beyond its end.
-        ending = loop.call_later(self._access.seconds_left(claims), sending.cut, "the token has expired")
-        whole = False
-        try:
-            with self._recent.use(swarm.manifest_id, index, loop.time()) as piece:
-                if piece is None:
-                    self._check_first(swarm, spans)
-                memory = None if piece is None else piece[start : start + length]
-                if self._tls:
-                    response = web.StreamResponse(
-                        status=status,
-                        headers={"Trimaran-Piece": str(index), "Content-Type": "application/octet-stream"},
-                    )
-                    response.content_length = length
-                    writer = await response.prepare(request)
-                    assert writer is not None
-                    await self._sender.send_tls(sending, writer, swarm.content, spans, memory)
-                    await response.write_eof()
-                else:
-                    response = _Sent(status, keep_alive=request.keep_alive)
-                    head = _head(status, index, length, keep_alive=request.keep_alive)
-                    await self._sender.send(sending, head, swarm.content, spans, memory)
-            whole = True
-            return response
-        except SourceGoneError as gone:
-            self._withdraw(swarm, str(gone))
-            transport.abort()
-            raise
-        finally:
-            ending.cancel()
-            self._sendings.discard(sending)
-            swarm.uploaded_bytes += sending.sent_bytes
-            if not whole:
-                swarm.choice.failed(claims.peer_id, index)
+        head = _head(status, index, part[1], keep_alive=request.keep_alive)
+        done: asyncio.Future[Exception | None] = self._loop.create_future()
 
-    def _check_first(self, swarm: Swarm, spans: list[tuple[int, int, int]]) -> None:
-        """Look at the source before the head promises anything: then the answer can still be 410. Of a piece of many
-        files, the first few: what is wrong with the others ends the connection when their turn comes."""
+        def ended(sending: Sending, error: Exception | None) -> None:
+            if not done.done():
+                done.set_result(error)
+
         try:
-            self._sender.look(swarm.content, spans[:LOOKED_AT_FIRST_MAX])
+            sending = self.uploads.begin(outlet, claims, swarm, index, part, head, ended)
         except SourceGoneError as gone:
-            self._withdraw(swarm, str(gone))
-            raise _Refusal(
-                410, "withdrawn-source", "This share was withdrawn: its source changed or is gone."
-            ) from gone
+            raise _gone() from gone
+        try:
+            error = await done
+        finally:
+            sending.cut("nobody waits for it")  # unless it has ended
+        if isinstance(error, SourceGoneError) and not sending.begun:
+            raise _gone() from error
+        if error is not None:
+            raise error
+        return _Sent(status, keep_alive=request.keep_alive)
 
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
-        if (timer := self._silent.pop(request.protocol, None)) is not None:
-            timer.cancel()
+        connection = _connection(request)
+        self._touched(connection, 1)
         try:
             return await self._route(request)
         except _Refusal as refusal:
@@ -410,6 +411,109 @@ class PieceServer:
             if request.transport is not None:
                 request.transport.abort()
             return web.Response(status=503)
+        finally:
+            self._touched(connection, -1)
+            connection.waited = False
+            connection.answered_by_aiohttp()
+
+    # --- the short way --------------------------------------------------------------------------
+
+    def begin(self, asked: Asked) -> bool:
+        """`short_way.Serving`."""
+        try:
+            claims, swarm = self._checked(asked)
+        except (_Refusal, ConnectionResetError):
+            return False
+        ticket, now = next(self._tickets), self._loop.time()
+        said = self.queue.ask(claims.peer_id, ticket, now)
+        if isinstance(said, Busy):
+            return False
+        asked.ticket = ticket
+        self._touched(asked.connection, 1)
+        if said:
+            self._send_short(asked, claims, swarm)
+        else:
+            self._granted[ticket] = lambda: self._turn_of(asked)
+            self._waiting.add(asked, now)
+        return True
+
+    def _checked(self, asked: Asked) -> tuple[Claims, Swarm]:
+        """All that can be refused, in the order of the long way. Raises _Refusal."""
+        claims, swarm = self._check(asked.connection, asked.token, asked.manifest_id)
+        if asked.body is None:
+            _check_held(swarm, asked.index)
+        elif asked.want is None:
+            asked.want = _wanted(asked.body, swarm)
+        return claims, swarm
+
+    def _turn_of(self, asked: Asked) -> bool:
+        self._waiting.remove(asked)
+        self._loop.call_soon(self._go_on, asked)  # not from within the end of another send
+        return True
+
+    def _go_on(self, asked: Asked) -> None:
+        """It has waited, and has a slot now."""
+        if asked.over:
+            return
+        try:
+            claims, swarm = self._checked(asked)
+        except (_Refusal, ConnectionResetError):
+            self._refuse(asked)
+        else:
+            self._send_short(asked, claims, swarm)
+
+    def _send_short(self, asked: Asked, claims: Claims, swarm: Swarm) -> None:
+        connection, index = asked.connection, asked.index
+        assert connection.outlet is not None
+        if asked.want is not None:
+            chosen = swarm.choice.choose(claims.peer_id, asked.want, self._loop.time())
+            if chosen is None:
+                self._end(asked)
+                connection.answered(_NOTHING_TO_CHOOSE)
+                return
+            index = chosen
+        length = swarm.manifest.layout.piece_length(index)
+        head = _head(200, index, length, keep_alive=True)
+
+        def ended(sending: Sending, error: Exception | None) -> None:
+            if isinstance(error, SourceGoneError) and not sending.begun:
+                self._refuse(asked)
+                return
+            self._end(asked)
+            if error is None:
+                connection.answered()
+
+        try:
+            asked.sending = self.uploads.begin(
+                connection.outlet, claims, swarm, index, (0, length), head, ended
+            )
+        except SourceGoneError:
+            self._refuse(asked)
+
+    def _end(self, asked: Asked) -> None:
+        asked.over = True
+        self._touched(asked.connection, -1)
+        self._free(asked.ticket)
+
+    def _refuse(self, asked: Asked) -> None:
+        self._end(asked)
+        asked.connection.refused()
+
+    def _waited_in_vain(self, asked: Asked) -> None:
+        self._granted.pop(asked.ticket, None)
+        asked.connection.waited = True
+        self._refuse(asked)
+
+    def left(self, asked: Asked) -> None:
+        """`short_way.Serving`."""
+        if asked.over:
+            return
+        if asked.sending is not None:
+            asked.sending.lost()
+            return
+        self._granted.pop(asked.ticket, None)
+        self._waiting.remove(asked)
+        self._end(asked)
 
 
 class _Sent(web.StreamResponse):
@@ -428,6 +532,35 @@ class _Sent(web.StreamResponse):
 
     async def write_eof(self, data: bytes = b"") -> None:
         return
+
+
+def _connection(request: web.BaseRequest) -> Connection:
+    connection = request.protocol
+    assert isinstance(connection, Connection)
+    return connection
+
+
+def _busy(busy: Busy) -> _Refusal:
+    refusal = _Refusal(429, "busy", "All upload slots are taken.", busy.retry_after_seconds)
+    refusal.queue = busy.queue
+    return refusal
+
+
+def _gone() -> _Refusal:
+    return _Refusal(410, "withdrawn-source", "This share was withdrawn: its source changed or is gone.")
+
+
+def _check_held(swarm: Swarm, index: int) -> None:
+    if index >= swarm.manifest.pieces or not swarm.has(index):
+        raise _Refusal(404, "piece-not-held", "This peer does not have that piece.")
+
+
+def _wanted(body: bytes, swarm: Swarm) -> Mask:
+    """What the body of `POST .../next` asks for."""
+    try:
+        return from_wire(msgspec.msgpack.decode(body, type=NextBody).want, swarm.manifest.pieces)
+    except (msgspec.DecodeError, BitmapError) as error:
+        raise _Refusal(400, "bad-body", f"The body is not what it must be: {error}.") from error
 
 
 def _head(status: int, index: int, length: int, *, keep_alive: bool) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -19,7 +19,7 @@ from peer.reports import Exit, TrimaranError
 from peer.sending import Sending
 from peer.session import LocalSession
 
-Send = Callable[..., Awaitable[None]]
+Start = Callable[[Sending], None]
 
 
 def silently_other_bytes(path: Path) -> None:
@@ -30,37 +30,28 @@ def silently_other_bytes(path: Path) -> None:
     os.utime(path, ns=(seen.st_atime_ns, seen.st_mtime_ns))
 
 
-async def breaks_off(
-    sending: Sending, head: bytes, content: Content, spans: Sequence[tuple[int, int, int]], memory: object
-) -> None:
-    sending.transport.write(head + b"x" * 1000)
-    await asyncio.sleep(0)
-    sending.transport.close()
-    raise ConnectionResetError
+def breaks_off(sending: Sending) -> None:
+    sending.outlet.transport.write(sending.head + b"x" * 1000)
+    asyncio.get_running_loop().call_soon(sending.outlet.transport.close)
 
 
-async def sends_nothing(
-    sending: Sending, head: bytes, content: Content, spans: Sequence[tuple[int, int, int]], memory: object
-) -> None:
-    sending.transport.write(head)
-    await asyncio.Event().wait()
+def sends_nothing(sending: Sending) -> None:
+    sending.outlet.transport.write(sending.head)
 
 
-async def sends_too_much(
-    sending: Sending, head: bytes, content: Content, spans: Sequence[tuple[int, int, int]], memory: object
-) -> None:
-    count = sum(length for _, _, length in spans)
-    sending.transport.write(head + b"x" * (count + 100_000))
-    await asyncio.sleep(0.05)
+def sends_too_much(sending: Sending) -> None:
+    count = int(sending.head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
+    sending.outlet.transport.write(sending.head + b"x" * (count + 100_000))
+    asyncio.get_running_loop().call_later(0.05, sending.lost)
 
 
-def be_evil(session: LocalSession, send: Send) -> None:
+def be_evil(session: LocalSession, start: Start) -> None:
     assert session._engine is not None
-    session._engine.server._sender.send = send  # type: ignore[method-assign]
+    session._engine.server.uploads.sender.start = start  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("evil", [None, breaks_off, sends_nothing, sends_too_much])
-async def test_an_evil_seeder_beside_an_honest_one(peers: Peers, tmp_path: Path, evil: Send | None) -> None:
+async def test_an_evil_seeder_beside_an_honest_one(peers: Peers, tmp_path: Path, evil: Start | None) -> None:
     source = tmp_path / "hull.bin"
     source.write_bytes(os.urandom(6 << 20))
     (tmp_path / "twin").mkdir()

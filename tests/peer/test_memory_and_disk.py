@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from peer import direct
 from peer.buffers import BufferPool
 from peer.direct import ALIGNED_BYTES, TRIAL_WRITES, DirectWriter, aligned_buffer, write_all
-from peer.recent import KEPT_SECONDS_MAX, RecentPieces
+from peer.recent import KEPT_SECONDS_MAX, RecentPiece, RecentPieces
 
 FILE_BYTES = 300_000
 
@@ -171,11 +171,11 @@ def test_recent_pieces_against_what_was_kept(steps: list[tuple[str, int]]) -> No
     pool = BufferPool(8 * SIZE)
     recent = RecentPieces(pool)
     now = 0.0
-    using: list[tuple[int, memoryview, ExitStack]] = []
+    using: list[tuple[int, RecentPiece]] = []
     fetching: list[memoryview] = []
 
     def intact() -> None:
-        assert all(set(view) == {index} for index, view, _ in using)
+        assert all(set(piece.data) == {index} for index, piece in using)
         assert pool.out_bytes <= 8 * SIZE
         assert len(recent) <= 4 + len(using)
 
@@ -184,14 +184,11 @@ def test_recent_pieces_against_what_was_kept(steps: list[tuple[str, int]]) -> No
             buffer[:] = bytes([number]) * SIZE
             recent.keep("m", number, buffer, SIZE, now)
         elif step == "use":
-            until = ExitStack()
-            view = until.enter_context(recent.use("m", number, now))
-            if view is None:
-                until.close()
-            else:
-                using.append((number, view, until))
+            piece = recent.take("m", number, now)
+            if piece is not None:
+                using.append((number, piece))
         elif step == "end use" and using:
-            using.pop(number % len(using))[2].close()
+            recent.let_go(using.pop(number % len(using))[1])
         elif step == "fetch" and (buffer := pool.take(SIZE)) is not None:
             buffer[:] = bytes([255]) * SIZE
             fetching.append(buffer)
@@ -201,8 +198,8 @@ def test_recent_pieces_against_what_was_kept(steps: list[tuple[str, int]]) -> No
             now += number
             recent.expire(now)
         intact()
-    for _, _, until in using:
-        until.close()
+    for _, piece in using:
+        recent.let_go(piece)
     for buffer in fetching:
         pool.give(buffer)
     recent.expire(now + KEPT_SECONDS_MAX)
@@ -217,11 +214,9 @@ def test_the_pool_comes_first() -> None:
         buffer = pool.take(SIZE)
         assert buffer is not None
         recent.keep("m", index, buffer, SIZE, 0.0)
-    with recent.use("m", 0, 1.0) as sent:
-        assert sent is not None
-        taken = [pool.take(SIZE) for _ in range(4)]
-        assert [each is not None for each in taken] == [True, True, True, False], (
-            "all but the one that is sent"
-        )
-        with recent.use("m", 1, 1.0) as gone:
-            assert gone is None
+    sent = recent.take("m", 0, 1.0)
+    assert sent is not None
+    taken = [pool.take(SIZE) for _ in range(4)]
+    assert [each is not None for each in taken] == [True, True, True, False], "all but the one that is sent"
+    assert recent.take("m", 1, 1.0) is None
+    recent.let_go(sent)

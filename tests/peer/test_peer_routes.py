@@ -254,6 +254,50 @@ async def test_nobody_without_a_right_learns_anything(here: Here) -> None:
     assert not here.server.sendings
 
 
+async def test_as_our_fetcher_asks_the_answers_are_the_same(here: Here) -> None:
+    """Its requests take a short way (`short_way.py`), over TLS too: with the same rights and the same refusals."""
+    here.access.revocations.add("boats", EPOCH + 1, user="carl")
+    good, way = here.token("ben"), here.server._way
+    assert way is not None
+    cases = {
+        "a member": ("ben", good, 200),
+        "a kicked member": ("carl", here.token("carl"), 403),
+        "a stolen token": ("dora", good, 403),
+        "another group": ("dora", here.token("dora", group="ships"), 404),
+        "a forged token": ("ben", here.token("ben", key="n1-now forged"), 401),
+    }
+    for what, (who, token, expected) in cases.items():
+        for asked in (requests(here.manifest_id)[f"/v1/swarms/{{manifest_id}}/{path}"] for path in PIECES):
+            taken = way.taken
+            status, _, body = await here.ask(asked, here.parties[who].tls, token)
+            assert (status, way.taken) == (expected, taken), what
+            seen = await ask_as_our_fetcher(here, asked, who, token)
+            assert seen[0] == status, what
+            assert seen[1] == body or asked.method == "POST", what
+            assert way.taken == taken + (status == 200), what
+
+
+PIECES = ("pieces/{index}", "next")
+
+
+async def ask_as_our_fetcher(here: Here, asked: Asked, who: str, token: str) -> tuple[int, bytes]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", here.port, ssl=here.parties[who].tls)
+    length = f"Content-Length: {len(asked.body)}\r\n" if asked.method == "POST" else ""
+    # The sender's choice: what it has sent once it does not send again before it hears of it.
+    body = msgspec.msgpack.encode(NextBody(b"\x60")) if asked.body else b""
+    try:
+        writer.write(
+            f"{asked.method} {asked.path} HTTP/1.1\r\nHost: peer\r\nAuthorization: Bearer {token}\r\n{length}\r\n".encode()
+            + body
+        )
+        head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+        return int(head.split()[1]), await reader.readexactly(
+            int(head.partition("content-length: ")[2].split("\r\n")[0])
+        )
+    finally:
+        writer.transport.abort()
+
+
 @pytest.mark.parametrize("who", ["nobody", "stranger"])
 async def test_without_a_certificate_of_this_cluster_nothing_is_said(here: Here, who: str) -> None:
     """No certificate, or another cluster's: not even the peer's name is told."""
