@@ -320,9 +320,10 @@ class Rig:
         return await self.ends_within(node_id, seconds) and process is not None and process.returncode == 137
 
     async def refuses_to_start(self, node_id: str) -> str:
-        """ "" when it ends by itself with a word; else what it did."""
+        """What it did instead; empty when it ended by itself with the reason."""
         place = self.nodes[node_id].log.stat().st_size
         await self.start(node_id)
+        await self.ends_within(node_id, REFUSED_SECONDS_MAX)  # it listens before it has read its disk
         node = self.nodes[node_id]
         said = node.log.read_bytes()[place:].decode(errors="replace").strip()
         if node.alive or node.process is None:
