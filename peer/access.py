@@ -35,7 +35,7 @@ class Access:
         self.quarantined: dict[str, frozenset[str]] = {}  # group -> peer ids
         self.key_wanted: Callable[[], None] = lambda: None  # a genuine-looking token names a key we lack
         self._wall_ms = wall_ms
-        self._known: OrderedDict[tuple[str, str | None], Claims] = OrderedDict()
+        self._known: OrderedDict[str, Claims] = OrderedDict()  # by token
 
     def set_keys(self, keys: Iterable[VerifyingKey]) -> None:
         self.keys = {key.key_id: key for key in keys}
@@ -47,21 +47,22 @@ class Access:
         if not token:
             raise AccessRefusedError(401, "no-token", "A token for the group is needed.")
         now_ms = self._wall_ms()
-        claims = self._known.get((token, peer_id))
+        claims = self._known.get(token)
         if claims is None:
             try:
-                claims = verify_token(token, self.keys, now_ms, peer_id=peer_id)
+                claims = verify_token(token, self.keys, now_ms)
             except TokenError as error:
                 if error.fault is TokenFault.KEY_UNKNOWN:
                     self.key_wanted()
-                status = 403 if error.fault is TokenFault.OTHER_PEER else 401
-                raise AccessRefusedError(status, f"token-{error.fault.value}", str(error)) from error
-            self._known[token, peer_id] = claims
+                raise AccessRefusedError(401, f"token-{error.fault.value}", str(error)) from error
+            self._known[token] = claims
             if len(self._known) > _KNOWN_TOKENS_MAX:
                 self._known.popitem(last=False)
         key = self.keys.get(claims.key_id)
         if claims.expires_at_ms <= now_ms or key is None or not _counts(key, now_ms):
             raise AccessRefusedError(401, "token-expired", "The token has expired.")
+        if peer_id is not None and claims.peer_id != peer_id:
+            raise AccessRefusedError(403, "token-other_peer", "The token was issued to another peer.")
         if group is not None and claims.group != group:
             raise AccessRefusedError(403, "token-other_group", "The token is for another group.")
         if not self.allows(claims):

@@ -42,9 +42,6 @@ REPORT_AFTER_STALLS: Final = 2
 REPORT_AFTER_LOSSES: Final = 6
 PART_AFTER_BREACHES: Final = 3
 LOCAL_TROUBLE_SECONDS: Final = 0.5
-NEWS_SECONDS_PER_LINK: Final = 0.008  # a crowd of 32 pays 4 % in time, and saves nine frames of ten
-NEWS_SECONDS_MAX: Final = 0.25
-NEWS_AT_ONCE_LINKS: Final = 8
 SLOW_SHARE: Final = 0.25  # of the mean rate: below it a peer gets no more than one piece of a scarce budget
 ASK_AHEAD_SECONDS: Final = 0.25  # of what all peers together send
 ASK_AHEAD_PIECES_MIN: Final = 16
@@ -80,7 +77,6 @@ class Download:
         self._read_bytes_per_second = 0.0
         self._bytes_per_second = 0.0  # of all who have something that is missing, at the last check
         self._news: Mask = 0
-        self._news_at = 0.0  # not before
         self._check_at = 0.0
         self._end_at = 0.0
         self._find_at = 0.0
@@ -134,7 +130,7 @@ class Download:
                     self._fill(now)
                 if self.roster.links_at is not None and self.roster.links_at <= now:
                     self.roster.open_links(now)
-        self._tell_news(now)
+        self._tell_news()
         self._tell_state(now)
         self._set_wake(now)
         out = self._out.copy()
@@ -493,14 +489,10 @@ class Download:
 
     # ---- what is told ----------------------------------------------------------------------------------------
 
-    def _tell_news(self, now: float) -> None:
-        """News of pieces: at once in small swarms, in batches where its cost grows with the square of the crowd."""
-        if not self._news or (now < self._news_at and not self.picker.complete):
-            return
-        self._out.append(ev.PushHave(self._news))
-        self._news = 0
-        if self.roster.linked > NEWS_AT_ONCE_LINKS:
-            self._news_at = now + min(NEWS_SECONDS_PER_LINK * self.roster.linked, NEWS_SECONDS_MAX)
+    def _tell_news(self) -> None:
+        if self._news:
+            self._out.append(ev.PushHave(self._news))
+            self._news = 0
 
     def _tell_state(self, now: float) -> None:
         if self.picker.complete:
@@ -540,8 +532,6 @@ class Download:
         if self.picker.complete:
             return
         times = [self._check_at] if len(self._requests) else []
-        if self._news:
-            times.append(self._news_at)
         if self._may_ask:
             if self._hold_until > now:
                 times.append(self._hold_until)

@@ -1,8 +1,9 @@
 """The live link: one WebSocket for each pair of peers in each swarm, over which they tell each other what they have.
 
 Owned here: opening and accepting links, who may (both sides show a token for the group), one link for each pair,
-news batched and written without waiting for slow readers, peer exchange within the group, renewed tokens, and
-closing links whose right is gone. Left to others: what follows from the news (`downloads.py`, `sender.py`).
+frames written without waiting for slow readers, peer exchange within the group, renewed tokens, and closing links
+that are silent or whose right is gone. Left to others: when which news is told (`news.py`), what follows from it
+(`download.py`, `sender.py`).
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from __future__ import annotations
 import asyncio
 import random
 import ssl
+import types
 from collections import deque
-from collections.abc import Callable, Iterable
-from typing import Final, Protocol
+from collections.abc import Callable, Coroutine, Generator, Iterable
+from typing import Any, Final, Protocol
 
 import aiohttp
 from aiohttp import web
@@ -49,12 +51,10 @@ FRAMES_WAITING_MAX: Final = 512
 OPEN_SECONDS: Final = 5.0
 HELLO_SECONDS: Final = 5.0
 FAREWELL_SECONDS: Final = 0.3
-TALK_SECONDS: Final = 3.0  # between pings, and between declarations of load
-NEWS_SECONDS: Final = (
-    0.004  # one link's batch; more links, longer batches: the cost of news grows with their square
-)
-NEWS_SECONDS_PER_LINK: Final = 0.002
-NEWS_SECONDS_MAX: Final = 0.08
+TALK_SECONDS: Final = 5.0  # between pings, and between declarations of load
+SILENT_SECONDS_MAX: Final = 30.0  # both sides ping: who is not heard for so long is gone
+PEX_SECONDS: Final = 0.5  # who comes within it is told of together
+TOLD_OF_NEWCOMERS_MAX: Final = 8
 
 WebSocket = web.WebSocketResponse | aiohttp.ClientWebSocketResponse
 
@@ -88,20 +88,35 @@ class Link:
         self.have = have
         self.opened_here = opened_here
         self.leaving = False
+        self.heard_at = asyncio.get_running_loop().time()
         self._socket = socket
-        self._waiting: deque[bytes] = deque()
-        self._wake = asyncio.Event()
+        self._waiting: deque[bytes] = deque()  # while the reader takes nothing
+        self._writer: asyncio.Task[None] | None = None
+        self._closed = False
         self._pings: dict[int, float] = {}
         self._ping = 0
-        self._writer = asyncio.create_task(self._write())
 
     def send(self, data: bytes) -> None:
-        """Queue a frame. A reader that lets too many pile up is cut off: it would act on old news."""
-        if len(self._waiting) >= FRAMES_WAITING_MAX:
+        """Write a frame now; queue it while the reader takes nothing. A reader that lets too many pile up is cut off:
+        it would act on old news."""
+        if self._closed:
+            return
+        if self._writer is not None:
+            if len(self._waiting) >= FRAMES_WAITING_MAX:
+                self.close()
+            else:
+                self._waiting.append(data)
+            return
+        # A frame leaves at once but where the socket's buffers are full, and a task for each would cost more than it.
+        sending = self._socket.send_bytes(data)
+        try:
+            waits_for = sending.send(None)
+        except StopIteration:
+            return
+        except (ConnectionError, aiohttp.ClientError, RuntimeError):
             self.close()
             return
-        self._waiting.append(data)
-        self._wake.set()
+        self._writer = asyncio.create_task(self._write(sending, waits_for))
 
     def ping(self) -> None:
         self._ping += 1
@@ -113,24 +128,38 @@ class Link:
         return None if sent is None else asyncio.get_running_loop().time() - sent
 
     def close(self) -> None:
-        self._writer.cancel()
-
-    async def _write(self) -> None:
-        try:
-            while True:
-                while self._waiting:
-                    await self._socket.send_bytes(self._waiting.popleft())
-                self._wake.clear()
-                await self._wake.wait()
-        except (ConnectionError, aiohttp.ClientError, RuntimeError):
+        if self._closed:
             return
-        finally:
-            closing = asyncio.ensure_future(_close(self._socket))
-            _closings.add(closing)
-            closing.add_done_callback(_closings.discard)
+        self._closed = True
+        if self._writer is not None:
+            self._writer.cancel()
+        closing = asyncio.create_task(_close(self._socket))
+        _closings.add(closing)
+        closing.add_done_callback(_closings.discard)
+
+    async def _write(self, sending: Coroutine[Any, Any, None], waits_for: object) -> None:
+        """The rest of a frame, and those that wait behind it."""
+        try:
+            await _rest(sending, waits_for)
+            while self._waiting:
+                await self._socket.send_bytes(self._waiting.popleft())
+        except (ConnectionError, aiohttp.ClientError, RuntimeError):
+            self.close()
+        self._writer = None
 
 
-_closings: set[asyncio.Future[None]] = set()
+@types.coroutine
+def _rest(started: Coroutine[Any, Any, None], waits_for: object) -> Generator[Any, Any, None]:
+    """Go on with a coroutine that was started outside of any task, and that waits for something now."""
+    try:
+        yield waits_for
+    except BaseException as error:
+        started.throw(error)
+        raise
+    yield from started
+
+
+_closings: set[asyncio.Task[None]] = set()
 
 
 async def _close(socket: WebSocket) -> None:
@@ -166,7 +195,8 @@ class Links:
         self._tls = tls
         self._opening: dict[tuple[Swarm, str], asyncio.Task[None]] = {}
         self._lives: set[asyncio.Task[None]] = set()
-        self._news: dict[str, Mask] = {}
+        self._tellers: dict[Swarm, asyncio.TimerHandle] = {}
+        self._newcomers: dict[Swarm, list[Link]] = {}
         self._http: aiohttp.ClientSession | None = None
         self._talker: asyncio.Task[None] | None = None
 
@@ -238,8 +268,7 @@ class Links:
             headers={"Authorization": f"Bearer {token}"},
             ssl=self._tls() if self._tls is not None else True,
             max_msg_size=frame_bytes_max(swarm.manifest.pieces),
-            heartbeat=20.0,
-            compress=0,
+            compress=0,  # no heartbeat of aiohttp's beside our own: it costs something for every frame
         )
         try:
             proved = peer_id if self._tls is None else peer_id_of(socket.get_extra_info("ssl_object"))
@@ -262,9 +291,7 @@ class Links:
         token = self._token(claims.group)
         if token is None:
             return web.Response(status=503, text="this peer has no token of its own now")
-        socket = web.WebSocketResponse(
-            heartbeat=20.0, max_msg_size=frame_bytes_max(swarm.manifest.pieces), compress=False
-        )
+        socket = web.WebSocketResponse(max_msg_size=frame_bytes_max(swarm.manifest.pieces), compress=False)
         await socket.prepare(request)
         try:
             said = swarm.have
@@ -320,9 +347,9 @@ class Links:
         if old is not None:
             old.close()
         swarm.choice.linked(peer_id, have)
+        swarm.news.linked(peer_id, have, said, asyncio.get_running_loop().time())
+        self._tell_in_time(swarm)
         self._events.link_up(swarm, link)
-        if since := without(swarm.have, said):
-            link.send(encode(have_frame(since, swarm.manifest.pieces)))
         link.send(encode(self._load()))
         link.ping()
         self._introduce(swarm, link)
@@ -331,9 +358,11 @@ class Links:
     async def _run(self, swarm: Swarm, link: Link) -> None:
         """Read until the link ends."""
         try:
+            loop = asyncio.get_running_loop()
             async for message in link._socket:
                 if message.type is not aiohttp.WSMsgType.BINARY:
                     break
+                link.heard_at = loop.time()
                 self._take(swarm, link, decode(message.data))
         except (FrameError, AccessRefusedError, ConnectionError):
             pass
@@ -342,6 +371,7 @@ class Links:
             if swarm.links.get(link.peer_id) is link:
                 del swarm.links[link.peer_id]
                 swarm.choice.unlinked(link.peer_id)
+                swarm.news.unlinked(link.peer_id)
                 self._events.link_down(swarm, link.peer_id, reached=True, leaving=link.leaving)
 
     def _take(self, swarm: Swarm, link: Link, frame: Frame) -> None:
@@ -350,6 +380,8 @@ class Links:
             if new:
                 link.have |= new
                 swarm.choice.has(link.peer_id, new)
+                swarm.news.heard(link.peer_id, new, asyncio.get_running_loop().time())
+                self._tell_in_time(swarm)
                 self._events.link_have(swarm, link, new)
         elif isinstance(frame, LoadFrame):
             self._events.link_load(swarm, link, frame)
@@ -371,24 +403,27 @@ class Links:
     # --- telling --------------------------------------------------------------------------------
 
     def push_have(self, swarm: Swarm, pieces: Mask) -> None:
-        """Tell every linked peer, soon: what comes within the batch goes in one frame, encoded once."""
-        if not swarm.links:
-            return
-        waiting = self._news.get(swarm.manifest_id)
-        self._news[swarm.manifest_id] = pieces | (waiting or 0)
-        if waiting is None:
-            delay = min(NEWS_SECONDS + NEWS_SECONDS_PER_LINK * len(swarm.links), NEWS_SECONDS_MAX)
-            asyncio.get_running_loop().call_later(delay, self._flush, swarm)
+        """These are here now: tell every linked peer, when it is worth it."""
+        swarm.news.gained(pieces, asyncio.get_running_loop().time())
+        self._tell_in_time(swarm)
 
-    def _flush(self, swarm: Swarm) -> None:
-        new = self._news.pop(swarm.manifest_id, 0)
-        if not new:
+    def _tell_in_time(self, swarm: Swarm) -> None:
+        wake_at = swarm.news.wake_at
+        teller = self._tellers.get(swarm)
+        if wake_at is None or (teller is not None and teller.when() <= wake_at):
             return
-        data = encode(have_frame(new, swarm.manifest.pieces))
-        for link in list(swarm.links.values()):
-            # Who has all of it already need not be told.
-            if without(new, link.have) or link.have != swarm.all:
-                link.send(data)
+        if teller is not None:
+            teller.cancel()
+        self._tellers[swarm] = asyncio.get_running_loop().call_at(wake_at, self._tell, swarm)
+
+    def _tell(self, swarm: Swarm) -> None:
+        del self._tellers[swarm]
+        for pieces, peers in swarm.news.due(asyncio.get_running_loop().time()):
+            data = encode(have_frame(pieces, swarm.manifest.pieces))
+            for peer_id in peers:
+                if (link := swarm.links.get(peer_id)) is not None:
+                    link.send(data)
+        self._tell_in_time(swarm)
 
     def push_token(self, group: str) -> None:
         """Our token for the group was renewed."""
@@ -427,26 +462,46 @@ class Links:
                     link.close()
 
     def _introduce(self, swarm: Swarm, link: Link) -> None:
-        """Peer exchange: who else is here (told to the new one), and that the new one is (told to some)."""
-        others = [other for other in swarm.links.values() if other is not link and other.group == link.group]
-        if not others:
-            return
-        chosen = random.sample(others, min(len(others), PEX_PEERS_MAX))
-        link.send(encode(PexFrame([_described(swarm, other) for other in chosen])))
-        news = encode(PexFrame([_described(swarm, link)]))
-        for other in chosen[:8]:
-            other.send(news)
+        """Peer exchange, soon: a crowd comes all at once, and is introduced all at once."""
+        newcomers = self._newcomers.setdefault(swarm, [])
+        newcomers.append(link)
+        if len(newcomers) == 1:
+            asyncio.get_running_loop().call_later(PEX_SECONDS, self._exchange, swarm)
+
+    def _exchange(self, swarm: Swarm) -> None:
+        """Who is here, told to each newcomer; and the newcomers, told to some of the others."""
+        newcomers = [link for link in self._newcomers.pop(swarm) if swarm.links.get(link.peer_id) is link]
+        for group in {link.group for link in newcomers}:
+            here = [link for link in swarm.links.values() if link.group == group]
+            new = [link for link in newcomers if link.group == group]
+            old = [link for link in here if link not in new]
+            for link in new:
+                others = [other for other in here if other is not link]
+                if others:
+                    link.send(_pex(swarm, others))
+            news = _pex(swarm, new)
+            for link in random.sample(old, min(len(old), TOLD_OF_NEWCOMERS_MAX)):
+                link.send(news)
 
     async def _talk(self) -> None:
         while True:
             await asyncio.sleep(TALK_SECONDS * random.uniform(0.8, 1.2))  # noqa: S311 - jitter
             self.recheck()
             load = encode(self._load())
+            silent_since = asyncio.get_running_loop().time() - SILENT_SECONDS_MAX
             for swarm in self._swarms:
                 for link in list(swarm.links.values()):
+                    if link.heard_at < silent_since:
+                        link.close()
+                        continue
                     if link.have != swarm.all:
                         link.send(load)
                     link.ping()
+
+
+def _pex(swarm: Swarm, links: list[Link]) -> bytes:
+    chosen = random.sample(links, min(len(links), PEX_PEERS_MAX))
+    return encode(PexFrame([_described(swarm, link) for link in chosen]))
 
 
 def _described(swarm: Swarm, link: Link) -> PexPeer:

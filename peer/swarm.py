@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from .bitmap import Mask, full_mask, without
 from .content import Content
 from .manifest import Manifest
+from .news import News
 from .sender import SendersChoice
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class Swarm:
         self.offers: dict[str, set[str]] = {}
         self.gone_reason = ""  # why it is offered no more
         self.choice = SendersChoice(peer_id, manifest.id, manifest.pieces, have)
+        self.news = News(manifest.pieces, have)
         self.links: dict[str, Link] = {}  # by peer_id
         self.banned: set[str] = set()  # sent us wrong pieces: not served, not linked
         self.uploaded_bytes = 0
@@ -61,6 +63,7 @@ class Swarm:
     def lost(self, pieces: Mask) -> None:
         self.have = without(self.have, pieces)
         self.choice.lost(pieces)
+        self.news.lost(pieces)
 
     def offered_to(self, group: str) -> bool:
         return group in self.offers

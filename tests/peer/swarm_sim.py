@@ -1,6 +1,6 @@
 """A swarm of hundreds in one process, on a clock that only moves when something happens.
 
-Real: every peer's `Download`, `SendersChoice` and `UploadQueue`. Modelled: links (upload and download rates, one-way
+Real: every peer's `Download`, `SendersChoice`, `News` and `UploadQueue`. Modelled: links (upload and download rates, one-way
 delay; the flows of a peer share its link evenly, and a flow moves at the lesser of its two shares), the tracker
 (tells who is in the swarm, gives tokens, may be away), hashing (a fixed delay), lies and deaths. No bytes exist: a piece is a number.
 """
@@ -16,6 +16,7 @@ from peer import swarm_events as ev
 from peer.bitmap import full_mask, without
 from peer.download import Download
 from peer.manifest import piece_bytes_for
+from peer.news import News
 from peer.sender import Busy, SendersChoice, UploadQueue
 from peer.swarm_events import Failure
 
@@ -73,6 +74,8 @@ class SimPeer:
     drive_planned: bool = False
     wake_version: int = 0
     token_until: float = float("inf")
+    telling_at: float | None = None
+    frames: int = 0  # of news
 
     def __post_init__(self) -> None:
         sim = self.sim
@@ -86,6 +89,7 @@ class SimPeer:
             rng=random.Random(f"{sim.seed}/{self.name}"),
         )
         self.choice = SendersChoice(self.name, "m", sim.pieces, self.have)
+        self.news = News(sim.pieces, self.have)
 
 
 class Swarm:
@@ -223,6 +227,7 @@ class Swarm:
             other = self.peers[name]
             other.links.discard(peer.name)
             other.choice.unlinked(peer.name)
+            other.news.unlinked(peer.name)
             self._feed(other, ev.LinkDown(peer.name, leaving=graceful))
         peer.links.clear()
         for flow in list(peer.sending) + self._queued_at(peer):
@@ -281,15 +286,8 @@ class Swarm:
                 case ev.PushHave():
                     peer.choice.gained(action.pieces)
                     if peer.confirms:
-                        for name in peer.links:
-                            other = self.peers[name]
-                            self.at(
-                                self.now + self._one_way(peer, other),
-                                self._have_arrives,
-                                peer,
-                                other,
-                                action.pieces,
-                            )
+                        peer.news.gained(action.pieces, self.now)
+                        self._tell_in_time(peer)
                 case ev.Connect():
                     other = self.peers[action.peer]
                     self.at(self.now + 2 * self._one_way(peer, other), self._connected, peer, other)
@@ -328,6 +326,7 @@ class Swarm:
         for one, two in ((peer, other), (other, peer)):
             one.links.add(two.name)
             one.choice.linked(two.name, two.download.have)
+            one.news.linked(two.name, two.download.have, one.download.have, self.now)
             self._feed(one, ev.LinkUp(two.name, two.download.have, 2 * self._one_way(one, two)))
         for one, two in ((peer, other), (other, peer)):  # peer exchange
             for known, addresses, complete in two.download.known_peers()[:50]:
@@ -339,13 +338,33 @@ class Swarm:
             if two.name in one.links:
                 one.links.discard(two.name)
                 one.choice.unlinked(two.name)
+                one.news.unlinked(two.name)
                 if one is other:
                     self._feed(one, ev.LinkDown(two.name))
 
     def _have_arrives(self, sender: SimPeer, peer: SimPeer, pieces: int) -> None:
         if peer.alive and sender.name in peer.links:
             peer.choice.has(sender.name, pieces)
+            peer.news.heard(sender.name, pieces, self.now)
+            self._tell_in_time(peer)
             self._feed(peer, ev.Have(sender.name, pieces))
+
+    def _tell_in_time(self, peer: SimPeer) -> None:
+        wake_at = peer.news.wake_at
+        if wake_at is not None and (peer.telling_at is None or wake_at < peer.telling_at):
+            peer.telling_at = wake_at
+            self.at(wake_at, self._tell, peer, wake_at)
+
+    def _tell(self, peer: SimPeer, planned: float) -> None:
+        if planned != peer.telling_at:
+            return
+        peer.telling_at = None
+        for pieces, names in peer.news.due(self.now):
+            for name in names:
+                other = self.peers[name]
+                peer.frames += 1
+                self.at(self.now + self._one_way(peer, other), self._have_arrives, peer, other, pieces)
+        self._tell_in_time(peer)
 
     def _declare(self, peer: SimPeer) -> None:
         if not peer.alive:

@@ -364,30 +364,6 @@ def test_unreachable_peers_are_tried_ever_less_often_and_reported_once() -> None
     assert reports == [ev.ReportPeer("a", Fault.UNREACHABLE)]
 
 
-def test_news_is_told_at_once_in_a_small_swarm_and_in_batches_in_a_crowd() -> None:
-    for links, batches in ((3, 10), (30, 1)):
-        download = machine(40, budget=64)
-        for number in range(links):
-            download.feed(ev.LinkUp(f"p{number}", full_mask(40)), 0.0)
-        open_requests = [
-            (action.request, action.index) for action in of(ev.RequestPiece, download.actions(0.0))
-        ]
-        frames = told = 0
-        now = 1.0
-        for _ in range(10):
-            request, index = open_requests.pop(0)
-            bring(download, request, index, now)
-            actions = download.actions(now)
-            pushed = of(ev.PushHave, actions)
-            frames += len(pushed)
-            told += sum(push.pieces.bit_count() for push in pushed)
-            open_requests += [(a.request, a.index) for a in of(ev.RequestPiece, actions)]
-            now += 0.005
-        assert frames == batches
-        assert links < 10 or (download.wake_at or 9) <= 1.25
-        assert links > 10 or told == 10
-
-
 def test_a_scarce_budget_is_not_kept_by_the_slow() -> None:
     download = machine(64, budget=4)
     for peer in PEERS:
