@@ -21,6 +21,21 @@ class ProcessEnds(BaseException):
 
 
 @dataclass(slots=True)
+class EndAt:
+    """The step at which the process is to end: the `left`-th of its kind on a file of such a name."""
+
+    prefix: str
+    step: str
+    suffix: str = ""
+    left: int = 1
+
+    def reached(self, step: str, name: str) -> bool:
+        if step == self.step and name.startswith(self.prefix) and name.endswith(self.suffix):
+            self.left -= 1
+        return self.left <= 0
+
+
+@dataclass(slots=True)
 class Content:
     """One file: what the kernel shows, and what the drive holds."""
 
@@ -42,7 +57,7 @@ class SimulatedDisk:
         self.room_bytes: int | None = None
         self.fail_next_sync = False
         self.end_at_step: int | None = None
-        self.end_at: tuple[str, str] | None = None  # (beginning of the file's name, step)
+        self.end_at: EndAt | None = None
         self.end_after_snapshot: int | None = None  # so many steps after one is in place
         self.steps = 0
 
@@ -99,7 +114,7 @@ class SimulatedDisk:
         if self.end_after_snapshot is not None and kind == "renamed" and name.startswith("snapshot-"):
             self.end_at_step, self.end_after_snapshot = self.steps + self.end_after_snapshot, None
         counted = self.end_at_step is not None and self.steps >= self.end_at_step
-        named = self.end_at is not None and kind == self.end_at[1] and name.startswith(self.end_at[0])
+        named = self.end_at is not None and self.end_at.reached(kind, name)
         if counted or named:
             self.disarm()
             self.bites[f"ended_at_{kind}"] += 1
@@ -109,6 +124,10 @@ class SimulatedDisk:
         self.end_at_step = None
         self.end_at = None
         self.end_after_snapshot = None
+
+    def parts(self) -> list[str]:
+        """Snapshots received in part."""
+        return [name for name in self.names if name.endswith(".part")]
 
     def used_bytes(self) -> int:
         return sum(len(content.seen) for content in self.names.values())
@@ -154,15 +173,20 @@ class SimulatedDisk:
         for name in sorted(self.names):
             self._tear(self.names[name])
 
-    def rot(self, prefix: str) -> bool:
-        """Flip a bit in the older half of a file that the drive holds."""
+    def rot(self, prefix: str, suffix: str = "") -> bool:
+        """Flip a bit in the older half of a file that the drive holds, as often as not where it begins."""
         names = [
-            name for name in sorted(self.names) if name.startswith(prefix) and len(self.names[name].kept) > 64
+            name
+            for name in sorted(self.names)
+            if name.startswith(prefix) and name.endswith(suffix) and len(self.names[name].kept) > 64
         ]
+        if prefix == "journal-" and names and len(self.names[names[-1]].kept) < 1_000:
+            # Within the last batch, a second after it was written, damage and a tear look the same (decision 201).
+            names.pop()
         if not names:
             return False
         content = self.names[self.chance.choice(names)]
-        at = self.chance.randrange(len(content.kept) // 2)
+        at = self.chance.randrange(self.chance.choice([64, len(content.kept)]) // 2)
         content.seen[at] ^= 1 << self.chance.randrange(8)
         content.kept = bytes(content.seen)
         self.bites["rot"] += 1

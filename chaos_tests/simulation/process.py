@@ -49,6 +49,7 @@ class Process:
         self.refused: str | None = None  # why it would not start
         self.ended: str | None = None  # why it ended itself
         self.checked_commit = 0
+        self.checked_resumed = 0
         self.checked_change = (0, 0)  # (term, index) of the latest change it made as leader
 
     @property
@@ -78,7 +79,7 @@ class Process:
         replica = world.new_replica(self)
         self.runtime, self.syncer, self.replica = runtime, syncer, replica
         settings = world.settings(self)
-        self.checked_commit = 0
+        self.checked_commit = self.checked_resumed = 0
         self.ended = None
         try:
             self.core = RaftCore(

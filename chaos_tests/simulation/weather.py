@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from chaos_tests.simulation.disk import EndAt
 from chaos_tests.simulation.process import Process
 from chaos_tests.simulation.world import World
+from cluster.raft.messages import Message, SnapshotChunk, TimeoutNow, Vote
 
 SMALL: dict[str, Any] = {
     "segment_bytes": 3_000,
@@ -128,17 +130,69 @@ def end_at_snapshot(world: World) -> None:
     process = _some(world)
     if process is not None and world.chance.random() < 0.5:
         process.disk.end_after_snapshot = world.chance.randint(1, 8)
-        _end_then_restart(world, process, None, ("snapshot-", "never"))
+        _end_then_restart(world, process, None, EndAt("snapshot-", "never"))
     elif process is not None:
         step = world.chance.choice(
             ["create", "append", "appended", "sync", "synced", "rename", "renamed", "remove"]
         )
-        _end_then_restart(world, process, None, ("snapshot-", step))
+        _end_then_restart(world, process, None, EndAt("snapshot-", step))
 
 
-def _end_then_restart(
-    world: World, process: Process, at_step: int | None, at: tuple[str, str] | None
-) -> None:
+def end_while_receiving(world: World) -> None:
+    """A follower is away until it needs a snapshot, and ends in the middle of receiving it, once or several times; half
+    the time the power goes with it. Each next life finds what the one before had."""
+    follower = _follower(world)
+    if follower is None or not world.processes[follower].up or "receiving" in world.watching:
+        return
+    process = world.processes[follower]
+    world.kill(process)
+    lives = world.chance.randint(1, 3)
+
+    def arrived(sender: str, receiver: str, message: Message) -> None:
+        nonlocal lives
+        if not isinstance(message, SnapshotChunk) or receiver != follower or process.disk.end_at is not None:
+            return
+        lives -= 1
+        if not lives:
+            del world.watching["receiving"]
+        step = world.chance.choice(["create", "truncate", "append", "appended", "sync", "synced"])
+        pieces = message.size_bytes // world.tuning["snapshot_chunk_bytes"] + 1
+        once = step in ("create", "truncate")
+        process.disk.end_at = EndAt(
+            "snapshot-", step, ".part", 1 if once else world.chance.randint(1, pieces)
+        )
+        world.clock.later(0.1, lambda: look(10))
+
+    def look(left: int) -> None:
+        if process.up and left:
+            world.clock.later(0.1, lambda: look(left - 1))
+            return
+        process.disk.disarm()
+        if process.up:
+            return
+        world.bites["ended_while_receiving"] += 1
+        if world.chance.random() < 0.5:
+            world.lose_power(process)
+        if world.chance.random() < 0.2 and process.disk.rot("snapshot-", ".part"):
+            world.bites["part_rotted"] += 1
+        world.clock.later(world.chance.uniform(0.0, 0.3), lambda: world.restart(process))
+
+    def compact() -> None:
+        leader = world.leader()
+        if leader is not None and leader.core is not None:
+            leader.deliver(leader.core.snapshotting.begin)
+        world.clock.later(world.chance.uniform(0.2, 0.5), lambda: world.restart(process))
+
+    def forget() -> None:
+        if world.watching.get("receiving") is arrived:
+            del world.watching["receiving"]
+
+    world.watching["receiving"] = arrived
+    world.clock.later(world.chance.uniform(0.5, 2.0), compact)
+    world.clock.later(8.0, forget)
+
+
+def _end_then_restart(world: World, process: Process, at_step: int | None, at: EndAt | None) -> None:
     process.disk.end_at_step, process.disk.end_at = at_step, at
     with_power = world.chance.random() < 0.5
 
@@ -194,9 +248,9 @@ def damaged(world: World) -> None:
     world.damaged_node = process.node_id
     process.damaged = True
     world.kill(process)
-    if world.chance.random() < 0.4:
+    if world.chance.random() < 0.3:
         process.disk.vanish()
-    elif world.chance.random() < 0.3 or not process.disk.rot("snapshot-"):
+    elif world.chance.random() < 0.25 or not process.disk.rot("snapshot-", ".snap"):
         process.disk.rot("journal-")
 
     def back() -> None:
@@ -277,11 +331,13 @@ def kill_after_vote(world: World) -> None:
     """A voter loses power just after its vote has arrived, and the one it voted for is cut off: whom will it vote for
     when it is back?"""
     leader = world.leader()
-    if leader is None or world.on_vote is not None:
+    if leader is None or "vote" in world.watching:
         return
 
-    def voted(voter: str, candidate: str) -> None:
-        world.on_vote = None
+    def voted(voter: str, candidate: str, message: Message) -> None:
+        if not isinstance(message, Vote):
+            return
+        del world.watching["vote"]
         process = world.processes.get(voter)
         if process is None or not process.up:
             return
@@ -293,7 +349,7 @@ def kill_after_vote(world: World) -> None:
         world.clock.later(0.05, lambda: world.restart(process))
         world.clock.later(world.chance.uniform(2.5, 3.5), world.network.heal)
 
-    world.on_vote = voted
+    world.watching["vote"] = voted
     world.kill(leader)
     world.clock.later(0.05, lambda: world.restart(leader))
 
@@ -306,11 +362,13 @@ def transfer(world: World) -> None:
         process.deliver(lambda: core.control("transfer", b"", due, lambda outcome, _: _count(world, outcome)))
 
 
-def transfer_then_cut(world: World) -> None:
-    """The node that is to take over is cut off just then: it comes back with a term of its own."""
+def transfer_then_cut(world: World, at_the_word: float = 0.5) -> None:
+    """The node that is to take over is cut off just then, or (with that chance) at the very word: it comes back with a
+    term of its own."""
     leader, follower = world.leader(), _follower(world)
     if leader is None or leader.core is None or leader.runtime is None or follower is None:
         return
+    world.watching.pop("handover", None)
     core, due = leader.core, leader.runtime.now() + 2.0
     leader.deliver(
         lambda: core.control("transfer", follower.encode(), due, lambda outcome, _: _count(world, outcome))
@@ -322,7 +380,16 @@ def transfer_then_cut(world: World) -> None:
             if other != follower:
                 world.network.cut_both(other, follower)
 
-    world.clock.later(world.chance.uniform(0.001, 0.01), cut)
+    def arrived(sender: str, receiver: str, message: Message) -> None:
+        if isinstance(message, TimeoutNow) and receiver == follower:
+            del world.watching["handover"]
+            world.bites["cut_at_handover"] += 1
+            world.clock.later(0.0, cut)
+
+    if world.chance.random() < at_the_word:
+        world.watching["handover"] = arrived
+    else:
+        world.clock.later(world.chance.uniform(0.001, 0.01), cut)
     world.clock.later(world.chance.uniform(2.0, 3.5), world.network.heal)
 
 
@@ -337,7 +404,7 @@ WEATHER: Mapping[str, Mapping[Fault, int]] = {
         end_at_step: 4, end_at_snapshot: 2, pause: 3, slow_disk: 2, transfer: 1, disk_full: 1,
     },
     "power": {power: 6, end_at_step: 6, end_at_snapshot: 8, kill_after_vote: 3, kill: 3, power_everywhere: 1, slow_disk: 4, reset_connection: 1, cut_pair: 1},
-    "disk": {disk_full: 5, failed_sync: 3, slow_disk: 3, end_at_step: 3, damaged: 4, kill: 1, power: 1},
+    "disk": {disk_full: 5, failed_sync: 3, slow_disk: 3, end_at_step: 3, end_while_receiving: 2, damaged: 4, kill: 1, power: 1},
     "members": {
         change_members: 6, two_changes_at_once: 5, change_then_restart: 2, transfer: 4, transfer_then_cut: 3, kill: 3, power: 1, cut_pair: 2, isolate: 2, pause: 1,
         end_at_step: 1,
@@ -347,15 +414,16 @@ WEATHER: Mapping[str, Mapping[Fault, int]] = {
 }  # fmt: skip
 PACES: Mapping[str, tuple[float, ...]] = {"isolation": (0.8, 3.0)}
 """Mean seconds between faults, where it matters that something can happen in between."""
-QUIET = ("lonely", "absence", "handover")
+QUIET = ("lonely", "absence", "handover", "receiving")
 ABSENCE: dict[str, Any] = dict(
     SMALL, segment_bytes=1_000, log_bytes_before_snapshot=6_000, keep_tail_bytes=120_000
 )
+RECEIVING: dict[str, Any] = dict(SMALL, snapshot_chunk_bytes=200)
 KINDS = (*WEATHER, *QUIET)
 
 
 def tuning(kind: str) -> dict[str, Any]:
-    return dict(ABSENCE if kind == "absence" else ROOMY if kind == "lag" else SMALL)
+    return dict({"absence": ABSENCE, "lag": ROOMY, "receiving": RECEIVING}.get(kind, SMALL))
 
 
 def begin(world: World, kind: str, pace_seconds: float) -> None:
@@ -364,6 +432,8 @@ def begin(world: World, kind: str, pace_seconds: float) -> None:
         _lonely(world)
     elif kind == "handover":
         _handover(world)
+    elif kind == "receiving":
+        _receiving(world)
     elif kind == "absence":
         world.no_snapshot_needed = True
         _absence(world)
@@ -380,6 +450,15 @@ def begin(world: World, kind: str, pace_seconds: float) -> None:
             world.clock.later(world.chance.expovariate(1 / pace_seconds), turn)
 
         world.clock.later(1.5, turn)
+        if kind == "disk":
+            world.clock.later(5.0, lambda: _damage(world))
+
+
+def _damage(world: World) -> None:
+    """However the dice fall, a disk that is bad is among them now and then."""
+    if not world.faults_over:
+        damaged(world)
+        world.clock.later(world.chance.uniform(2.0, 6.0), lambda: _damage(world))
 
 
 def _follower(world: World) -> str | None:
@@ -446,8 +525,19 @@ def _handover(world: World) -> None:
 
     def turn() -> None:
         if not world.faults_over:
-            transfer_then_cut(world)
-            world.clock.later(world.chance.uniform(5.0, 7.0), turn)
+            transfer_then_cut(world, at_the_word=0.8)
+            world.clock.later(world.chance.uniform(3.6, 5.0), turn)
+
+    world.clock.later(2.0, turn)
+
+
+def _receiving(world: World) -> None:
+    """One follower after the other needs a snapshot, and ends while it receives it."""
+
+    def turn() -> None:
+        if not world.faults_over:
+            end_while_receiving(world)
+            world.clock.later(world.chance.uniform(2.5, 4.0), turn)
 
     world.clock.later(2.0, turn)
 
@@ -456,7 +546,7 @@ def clear_up(world: World) -> None:
     """The faults end: links heal, disks have room, whoever is down comes back."""
     world.faults_over = True
     world.steady_term = None
-    world.on_vote = None
+    world.watching.clear()
     world.network.heal()
     for process in list(world.processes.values()):
         process.disk.room_bytes = None

@@ -25,7 +25,7 @@ from chaos_tests.simulation.replica import SimulatedReplica
 from chaos_tests.simulation.rig import Rig
 from cluster.consensus import NodeInfo
 from cluster.raft.core import RaftCore
-from cluster.raft.messages import Message, Vote
+from cluster.raft.messages import Message
 from cluster.raft.settings import RaftSettings
 
 CLUSTER = "simulated"
@@ -67,7 +67,9 @@ class World:
         self.faults_over = False
         self.steady_term: int | None = None  # while set, leadership must not change
         self.no_snapshot_needed = False
-        self.on_vote: Callable[[str, str], None] | None = None
+        self.watching: dict[
+            str, Callable[[str, str, Message], None]
+        ] = {}  # by the fault that waits for a message
         self._trace = hashlib.blake2b(digest_size=16)
         self._node_count = size
         self._wishes: list[tuple[str, str]] = []
@@ -110,9 +112,8 @@ class World:
 
     def _watch(self, sender: str, receiver: str, data: bytes, message: Message) -> None:
         self._trace.update(b"%d" % crc32(data, crc32(f"{sender}>{receiver}@{self.clock.now:.6f}".encode())))
-
-        if self.on_vote is not None and isinstance(message, Vote):
-            self.on_vote(sender, receiver)
+        for arrived in list(self.watching.values()):
+            arrived(sender, receiver, message)
 
     def violation(self, kind: str, detail: str) -> None:
         self.result.violations.append(f"{kind} at {self.clock.now:.3f} s: {detail}")
@@ -262,6 +263,11 @@ class World:
             process.checked_commit = commit
         if guard.leading:
             self._check_new_voters(process, core)
+        if core.snapshotting.resumed > process.checked_resumed:
+            process.checked_resumed = core.snapshotting.resumed
+            self.bites["snapshot_resumed"] += 1
+        if len(process.disk.parts()) > 2:
+            self.violation("parts of snapshots gather", f"{process.node_id}: {process.disk.parts()}")
         if self.no_snapshot_needed and core.snapshotting.sent:
             self.violation("snapshot for a short absence", f"{process.node_id} sent one")
 
@@ -323,7 +329,7 @@ class World:
         for process in members:
             if process.core is None or process.replica is None:
                 return False
-            if process.core.guard.leader_id != leader.node_id:
+            if process.core.guard.leader_id != leader.node_id or process.disk.parts():
                 return False
             states.add(
                 (
@@ -347,7 +353,8 @@ class World:
                     parts.append(
                         f"{process.node_id}: state {guard.state} term {guard.term} leader {guard.leader_id} "
                         f"log {guard.first_index}..{guard.last_index} commit {guard.commit_index} "
-                        f"applied {guard.applied_index} voter {guard.is_voter} full {guard.disk_full}"
+                        f"applied {guard.applied_index} voter {guard.is_voter} full {guard.disk_full} "
+                        f"parts {process.disk.parts()}"
                     )
                 else:
                     parts.append(f"{process.node_id}: down {process.refused or process.ended or ''}")

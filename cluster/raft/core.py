@@ -40,7 +40,8 @@ from cluster.raft.proposals import NOT_A_MEMBER, STOPPING, Proposals
 from cluster.raft.reads import ReadBarriers
 from cluster.raft.runtime import Handle, Runtime
 from cluster.raft.settings import RaftSettings
-from cluster.raft.snapshots import SnapshotDamagedError, SnapshotMeta, SnapshotStore
+from cluster.raft.snapshot_format import SnapshotDamagedError, SnapshotMeta
+from cluster.raft.snapshots import SnapshotStore
 from cluster.raft.snapshotting import Snapshotting, decode_configuration
 
 Ended = Callable[[str, str], None]
@@ -149,15 +150,19 @@ class RaftCore:
     # -- recovery
 
     def _open_store(self, disk: Disk) -> SnapshotStore:
+        def open_store() -> SnapshotStore:
+            cluster_id, piece_bytes = self.settings.cluster_id, self.settings.snapshot_chunk_bytes
+            return SnapshotStore.open(disk, self.runtime, cluster_id=cluster_id, piece_bytes=piece_bytes)
+
         try:
-            return SnapshotStore.open(disk, self.runtime, cluster_id=self.settings.cluster_id)
+            return open_store()
         except ConsensusStartError:
             if self.corrections.corrupt_snapshot_stops:
                 raise  # 9: an empty node would vote, and might lead
             for name in disk.list():
                 if name.startswith("snapshot"):
                     disk.remove(name)
-            return SnapshotStore.open(disk, self.runtime, cluster_id=self.settings.cluster_id)
+            return open_store()
 
     def _open_journal(
         self, disk: Disk, meta: SnapshotMeta | None, open_journal: Callable[..., Journal]

@@ -20,13 +20,8 @@ from cluster.raft.disk import DiskFullError
 from cluster.raft.entries import Configuration
 from cluster.raft.guard import Guard
 from cluster.raft.messages import Message, SnapshotAck, SnapshotChunk
-from cluster.raft.snapshots import (
-    SnapshotDamagedError,
-    SnapshotMeta,
-    SnapshotReceiver,
-    SnapshotStore,
-    SnapshotWriter,
-)
+from cluster.raft.snapshot_format import SnapshotDamagedError, SnapshotMeta
+from cluster.raft.snapshots import SnapshotReceiver, SnapshotStore, SnapshotWriter
 
 _RESEND_SECONDS = 1.0
 _GIVEN_UP_SECONDS = 15.0
@@ -83,7 +78,6 @@ class Snapshotting:
         self._writing: _Writing | None = None
         self._sending: dict[str, _Sending] = {}
         self._receiver: SnapshotReceiver | None = None
-        self._receiving: SnapshotMeta | None = None
         self._installing: SnapshotMeta | None = None
         self._installing_from = ""
         self._installing_sent_at = 0.0
@@ -92,11 +86,16 @@ class Snapshotting:
         self._size_after = guard.journal.size_bytes
         self.written = 0
         self.installed = 0
+        self.resumed = 0  # of those installed: begun by an earlier run of this node
         self.sent = 0
 
     # -- writing our own
 
     def tick(self, now: float) -> None:
+        begun = self._store.receiving()
+        if begun is not None and (begun.index <= self._guard.commit_index or self._guard.disk_full):
+            # The log was quicker; or it needs the room more than a snapshot that can be sent again.
+            self._give_up_receiving()
         for node_id, sending in self._sending.items():
             if now - max(sending.sent_at, sending.moved_at) > _RESEND_SECONDS:
                 sending.next_offset = sending.acknowledged
@@ -284,27 +283,28 @@ class Snapshotting:
         meta = SnapshotMeta(
             index=m.index, term=m.index_term, config=m.config, size_bytes=m.size_bytes, digest=m.digest
         )
-        if self._receiving != meta or self._receiver is None:
-            try:
-                self._receiver = self._store.receive(meta)
-            except DiskFullError:
-                return
-            self._receiving = meta
         receiver = self._receiver
+        if receiver is None or receiver.meta != meta:
+            self._receiver = receiver = self._store.receive(meta)
         try:
             if m.offset == receiver.offset and m.data:
                 receiver.feed(m.offset, m.data)
-        except DiskFullError:
-            return  # the leader tries again in a while
+        except (DiskFullError, ValueError):
+            self._give_up_receiving()  # the leader tries again in a while, and then it is begun anew
+            return
         self._host.send(node_id, SnapshotAck(guard.term, m.index, receiver.offset, False, m.sent_at))
         if receiver.offset >= m.size_bytes:
             if self._writing is not None:
                 self._give_up_writing(self._writing)
-            self._installing, self._receiving, self._receiver = meta, None, None
+            self._installing, self._receiver = meta, None
             self._installing_from, self._installing_sent_at = node_id, m.sent_at
-            receiver.finish(lambda outcome: self._received(meta, outcome))
+            receiver.finish(lambda outcome: self._received(receiver, outcome))
 
-    def _received(self, meta: SnapshotMeta, outcome: Exception | None) -> None:
+    def _give_up_receiving(self) -> None:
+        self._receiver = None
+        self._store.give_up_receiving()
+
+    def _received(self, receiver: SnapshotReceiver, outcome: Exception | None) -> None:
         if self._guard.stopped:
             return
         if outcome is not None:
@@ -312,6 +312,7 @@ class Snapshotting:
             if not isinstance(outcome, DiskFullError | ValueError):
                 self._host.impossible(f"The disk failed under a snapshot: {outcome}.")
             return
+        self.resumed += receiver.resumed
         self._loader = self._replica.loader()
         self._load_offset = 0
         self._load_slice()

@@ -14,7 +14,10 @@ from cluster.raft.journal import Journal
 from cluster.raft.journal_format import Identity
 from cluster.raft.kill_points import VARIABLE
 from cluster.raft.runtime import AsyncioRuntime
-from cluster.raft.snapshots import SnapshotMeta, SnapshotStore
+from cluster.raft.snapshot_format import SnapshotMeta
+from cluster.raft.snapshots import SnapshotStore
+
+PIECE_BYTES = 8 * 1024
 
 
 def run(folder: Path, output: Path, point: str, rounds: int) -> None:
@@ -45,9 +48,14 @@ async def live(folder: Path, rounds: int, say: object) -> None:
         segment_bytes=4000,
         on_fatal=lambda reason: say("fatal", reason),
     )
-    store = SnapshotStore.open(disk, runtime, cluster_id="c1")
+    store = SnapshotStore.open(disk, runtime, cluster_id="c1", piece_bytes=PIECE_BYTES)
     covered = check_found(journal, store)
     say("found", max(journal.last_index, covered), journal.getCurrentTerm())
+    begun = store.receiving()
+    if begun is not None:
+        say("resumed", begun.index)
+        await receive(store, begun)
+        check_found(journal, store)
 
     term = journal.getCurrentTerm() + 1
     journal.setCurrentTerm(term, "n1")
@@ -98,8 +106,13 @@ async def install(store: SnapshotStore, index: int, term: int) -> None:
     data = state(index)
     digest = hashlib.sha256(msgspec.msgpack.encode((index, term, b"")) + data).digest()
     store.receive(SnapshotMeta(index + 1, term, b"", 10, bytes(32))).feed(0, bytes(10))
-    receiver = store.receive(SnapshotMeta(index, term, b"", len(data), digest))
-    assert receiver.feed(0, data)
+    await receive(store, SnapshotMeta(index, term, b"", len(data), digest))
+
+
+async def receive(store: SnapshotStore, meta: SnapshotMeta) -> None:
+    """The whole of it, or the rest of what an earlier life had."""
+    receiver = store.receive(meta)
+    assert receiver.feed(receiver.offset, state(meta.index)[receiver.offset :])
     written: asyncio.Future[object] = asyncio.get_running_loop().create_future()
     receiver.finish(written.set_result)
     assert await written is None

@@ -279,6 +279,18 @@ def test_killed_at_any_step_nothing_synced_is_lost(
     assert died, "the kill point was never reached: a test that cannot fail"
 
 
+@pytest.mark.parametrize("point", ["receive.append:4", "receive.sync.before:4", "receive.append.before:5"])
+def test_killed_while_receiving_the_next_life_goes_on(
+    quick_folder: Path, point: str, processes: ForkServerContext
+) -> None:
+    folder = quick_folder / "data"
+    assert live(processes, folder, point, 9)[0] == EXIT_STATUS
+    assert list(folder.glob("*.part"))
+    assert live(processes, folder, "", 1)[0] == 0
+    assert "resumed" in folder.with_suffix(".txt").read_text()
+    assert not list(folder.glob("*.part"))
+
+
 def test_every_kill_point_is_documented() -> None:
     text = (Path(__file__).parents[3] / "docs" / "reference" / "kill-points.md").read_text()
     rows = dict(re.findall(r"^\| `(\w+)\.<step>` \|[^|]*\| ([^|]*) \|", text, re.MULTILINE))

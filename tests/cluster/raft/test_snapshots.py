@@ -10,25 +10,25 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cluster.consensus import ConsensusStartError
-from cluster.raft import snapshots
+from cluster.raft import snapshot_format, snapshots
 from cluster.raft.disk import DiskFullError
-from cluster.raft.snapshots import SnapshotDamagedError, SnapshotMeta, SnapshotStore
+from cluster.raft.snapshot_format import SnapshotDamagedError, SnapshotMeta, snapshot_name
+from cluster.raft.snapshots import SnapshotStore
 
 PIECE_BYTES, CHECKED_BYTES = 64, 16
 Outcomes = list[Exception | None]
 
 
 @pytest.fixture(autouse=True, scope="module")
-def small_pieces() -> object:
+def small_blocks() -> object:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(snapshots, "PIECE_BYTES", PIECE_BYTES)
-        patch.setattr(snapshots, "CHECKED_BYTES", CHECKED_BYTES)
+        patch.setattr(snapshot_format, "CHECKED_BYTES", CHECKED_BYTES)
         yield
 
 
 def open_store(disk: FakeDisk, cluster_id: str = "c1") -> tuple[SnapshotStore, FakeRuntime]:
     runtime = FakeRuntime()
-    return SnapshotStore.open(disk, runtime, cluster_id=cluster_id), runtime
+    return SnapshotStore.open(disk, runtime, cluster_id=cluster_id, piece_bytes=PIECE_BYTES), runtime
 
 
 def payload_of(index: int, size: int = 300) -> bytes:
@@ -266,7 +266,7 @@ def test_a_newer_format_and_another_cluster_are_refused() -> None:
         open_store(FakeDisk({name: bytes(newer)}))
     with pytest.raises(ConsensusStartError, match="belongs to cluster 'c1'"):
         open_store(FakeDisk({name: content}), "c2")
-    other = snapshots.snapshot_name(10, 2)
+    other = snapshot_name(10, 2)
     with pytest.raises(SnapshotDamagedError, match="written as another"):
         open_store(FakeDisk({other: content}))
 
@@ -284,11 +284,15 @@ def test_unfinished_work_is_given_up() -> None:
     runtime.syncer.drain()
     assert outcomes == [None]
     check_latest(store, 8)
-    assert disk.list() == [snapshots.snapshot_name(8, 2)]
+    assert disk.list() == [snapshot_name(8, 2)]
     store.receive(SnapshotMeta(20, 2, b"", 1000, bytes(32))).feed(0, bytes(200))
+    other = store.receive(SnapshotMeta(21, 2, b"", 1000, bytes(32)))
+    other.feed(0, bytes(200))
+    store.give_up_receiving()
+    store.writer(9, 2, b"").feed(bytes(200))
     store.close()
     runtime.syncer.drain()
-    assert disk.list() == [snapshots.snapshot_name(8, 2)]
+    assert disk.list() == [snapshot_name(8, 2)]
 
 
 def test_one_overtaken_while_written_does_not_come_back() -> None:
@@ -314,4 +318,4 @@ def test_leftovers_are_removed_at_the_start() -> None:
     files = disk.files() | {"snapshot-1-1-1.tmp": b"x", "snapshot-1-1-2.part": b"y", "lock": b""}
     disk = FakeDisk(files)
     check_latest(open_store(disk)[0], 9)
-    assert disk.list() == ["lock", snapshots.snapshot_name(9, 2)]
+    assert disk.list() == ["lock", snapshot_name(9, 2)]
