@@ -50,6 +50,7 @@ class Process:
         self.ended: str | None = None  # why it ended itself
         self.checked_commit = 0
         self.checked_resumed = 0
+        self.estranged_seconds = 0
         self.checked_change = (0, 0)  # (term, index) of the latest change it made as leader
 
     @property

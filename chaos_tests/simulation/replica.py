@@ -83,7 +83,8 @@ class SimulatedReplica:
         return _Loader(self)
 
     def digest(self) -> bytes:
-        return self.state.chain.to_bytes(4, "little")
+        """Of the whole state, not only of the chain: what a snapshot brought counts too."""
+        return crc32(_encode(self.state)).to_bytes(4, "little")
 
 
 class _Frozen:

@@ -173,7 +173,7 @@ def end_while_receiving(world: World) -> None:
         world.bites["ended_while_receiving"] += 1
         if world.chance.random() < 0.5:
             world.lose_power(process)
-        if world.chance.random() < 0.2 and process.disk.rot("snapshot-", ".part"):
+        if world.chance.random() < 0.3 and process.disk.rot("snapshot-", ".part"):
             world.bites["part_rotted"] += 1
         world.clock.later(world.chance.uniform(0.0, 0.3), lambda: world.restart(process))
 

@@ -81,6 +81,7 @@ class World:
         for process in list(self.processes.values()):
             process.start()
         self.clock.later(0.3, self._operate)
+        self.clock.later(1.0, self._look_after)
         self.clients.begin()
 
     # -- what the run is made of
@@ -233,6 +234,30 @@ class World:
         process.deliver(lambda: core.control(verb, argument, due, ended))
         self.clock.later(DEADLINE_SECONDS + 2.0, lambda: ended("unknown", ""))
 
+    def _look_after(self) -> None:
+        """Who knows no member of today, because all it knew were removed while it was away, lets none of them in: it
+        can neither be told nor catch up, and an operator must see to it, as `docs/operating/trackers.md` says."""
+        self.clock.later(1.0, self._look_after)
+        leader = self.leader()
+        if leader is None or leader.core is None or not leader.core.guard.acting:
+            return
+        current = leader.core.membership.current
+        members = {node.node_id for node in (*current.voters, *current.learners)}
+        for process in list(self.processes.values()):
+            if not process.awake or any(process.knows(one) for one in members if one != process.node_id):
+                process.estranged_seconds = 0
+                continue
+            process.estranged_seconds += 1
+            if process.estranged_seconds < 5:
+                continue
+            self.log("estranged", process.node_id)
+            self.bites["estranged"] += 1
+            self.kill(process)
+            if process.node_id in current.voter_ids():
+                process.refused = "it knows no member of today"  # removed, and another one added
+            else:
+                del self.processes[process.node_id]  # invited anew, if it is still to come in
+
     # -- checks at every step
 
     def check(self, process: Process) -> None:
@@ -335,7 +360,7 @@ class World:
                 (
                     process.core.guard.applied_index,
                     process.replica.state.revision,
-                    process.replica.state.chain,
+                    process.replica.digest(),
                 )
             )
         here = {process.node_id for process in members}
