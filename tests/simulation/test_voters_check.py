@@ -60,7 +60,7 @@ def test_a_removal_that_was_lost_does_not_make_the_node_new_again() -> None:
 
 
 def test_a_newcomer_that_counts_at_once_is_seen() -> None:
-    violations = run(3, 12.0, WITHOUT["22-learner_first"]).violations
+    violations = run(2, 12.0, WITHOUT["22-learner_first"]).violations
     assert violations and violations[0].startswith(TOO_SOON)
 
 
