@@ -331,6 +331,12 @@ class TrackerAgent:
             return True
         return _now_ms() > kept.issued_at_ms + (kept.expires_at_ms - kept.issued_at_ms) // 2
 
+    def _seconds_to_an_end(self) -> float:
+        """Until the next token ends. Seeders end with it to the moment: whoever waits should hear why as soon."""
+        now = _now_ms()
+        ends = [kept.expires_at_ms - now for kept in self._kept.tokens.values() if kept.expires_at_ms > now]
+        return (min(ends) + 1) / 1000 if ends else float("inf")
+
     async def _renew(self, group: str) -> None:
         answer = await self._client.issue_token(group, self._identity.peer_id)
         # Counted from our own clock: what another clock says of "now" must not lengthen it here.
@@ -349,7 +355,8 @@ class TrackerAgent:
     async def _renewing(self) -> None:
         certify_at = saved_at = 0.0
         while True:
-            await asyncio.sleep(CHECK_SECONDS * random.uniform(0.7, 1.3))  # noqa: S311 - jitter
+            pause = CHECK_SECONDS * random.uniform(0.7, 1.3)  # noqa: S311 - jitter
+            await asyncio.sleep(min(pause, self._seconds_to_an_end()))
             for group in list(self._groups):
                 if self.token(group) is None and group not in self._expired:
                     self._expired.add(group)

@@ -13,7 +13,7 @@ from aiohttp import web
 from conftest import Peers, get, share, until
 from trackers import Trackers, running
 
-from peer.reports import Limits, PsRow, State
+from peer.reports import Limits, Progress, PsRow, State
 from peer.session import LocalSession
 from peer.swarm_events import WaitReason
 
@@ -180,9 +180,15 @@ async def test_after_its_token_a_download_waits_says_why_and_goes_on(short: Peer
         await until(lambda: not engine.agent.away and not engine.agent._old("boats"))
         # A long one: at the token's end it waits, and says so.
         await unreachable(short.trackers)
+        told: list[Progress] = []
+        follower = asyncio.create_task(get(ben, "hull.bin", tmp_path / "there", on_progress=told.append))
         waiting = await wait_for(State.WAITING, 25, WaitReason.TOKEN_EXPIRED.value)
         await asyncio.sleep(1.0)
         still = await row()
+        follower.cancel()
+        await asyncio.gather(follower, return_exceptions=True)
+        said = {progress.message for progress in told if progress.state is State.WAITING}
+        assert said == {WaitReason.TOKEN_EXPIRED.value}, "first it was told something else"
         assert still is not None
         assert still.done_bytes == waiting.done_bytes, "it got pieces without a token"
         assert not getting.done()
