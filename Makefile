@@ -72,7 +72,7 @@ revocation: setup
 
 # Seeders of 2, 8 and 32 MB/s, one that falls, one that joins, one that goes; namespaces where the user is root.
 live: setup
-	$(BIN)/python -m chaos_tests.live
+	$(BIN)/python -m chaos_tests.live --keep live
 
 clean:
 	rm -rf $(VENV) .venv-bench .pytest_cache .mypy_cache .ruff_cache build dist

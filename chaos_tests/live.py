@@ -1,6 +1,6 @@
 """A swarm that changes while a download runs: unequal seeders, one that falls, one that joins, one that goes.
 
-    python -m chaos_tests.live [--only SCENARIO,...] [--loopback] [--scale S] [--out DIR]
+    python -m chaos_tests.live [--only SCENARIO,...] [--rounds N] [--loopback] [--scale S] [--out DIR] [--keep NAME]
 
 Real trackers and peers over TLS, each peer in a network namespace with limited upload (`tbf`) where the user is
 root; elsewhere on loopback with the peers' own limits. Bars: seeders of 2, 8 and 32 MB/s give at least 0.94 of their sum;
@@ -28,6 +28,7 @@ from typing import Any
 import orjson
 
 from benchmarks import hosts
+from benchmarks import results as kept
 from benchmarks.hosts import LOOPBACK, Host
 from benchmarks.processes import Process
 from chaos_tests import ending
@@ -268,16 +269,20 @@ def main() -> int:
     parser.add_argument("--only", default=",".join(SCENARIOS))
     parser.add_argument("--loopback", action="store_true", help="no namespaces, the peers' own limits")
     parser.add_argument("--scale", type=float, default=1.0, help="of the file sizes")
+    parser.add_argument("--rounds", type=int, default=1, help="of each scenario")
     parser.add_argument("--out", type=Path, default=Path("chaos-report/live"))
+    parser.add_argument("--keep", default="", help="keep the results under this name in benchmarks/results")
     options = parser.parse_args()
     ending.prepare()
     results = []
-    for name in options.only.split(","):
+    for name in [name for name in options.only.split(",") for _ in range(options.rounds)]:
         results.append(
             ending.run(play(name, loopback=options.loopback, scale=options.scale, out=options.out))
         )
         print(json.dumps(results[-1]), flush=True)
     (options.out / "results.json").write_bytes(orjson.dumps(results, option=orjson.OPT_INDENT_2))
+    if options.keep:
+        kept.keep(options.keep, results, "shares of the sum of the raw upload rates; seconds from the event")
     return int(not all(result["held"] for result in results))
 
 
