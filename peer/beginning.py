@@ -18,7 +18,7 @@ from cluster.api.errors import TrackerError
 
 from .content import Content
 from .manifest import Manifest, ManifestError
-from .manifests import ManifestFetcher
+from .manifests import Found, ManifestFetcher
 from .paths import PathError, check_path
 from .records import Record
 from .reports import Exit, OnProgress, State, TrimaranError
@@ -43,6 +43,7 @@ class Beginning:
             engine.home,
             engine.peer_id,
             lambda group, manifest_id: engine.agent.known.peers(group, manifest_id),
+            engine.later,
         )
 
     def _trackers(self) -> TrackerClient:
@@ -73,7 +74,7 @@ class Beginning:
 
     async def manifest(
         self, file: t.FileView, on_progress: OnProgress, *, patience_seconds: float | None
-    ) -> Manifest:
+    ) -> Found:
         """From a peer that has it; see `ManifestFetcher.fetch`."""
         engine = self._engine
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 import msgspec
 import orjson
 from msgspec import Struct
+
+from cluster.api import types as t
 
 from . import swarm_events as ev
 from .bitmap import Mask, to_wire
@@ -167,6 +169,14 @@ class DownloadDriver:
             self._addresses[peer_id] = addresses
         self._source(peer_id).user = user
         self.feed(ev.LinkUp(peer_id, have))
+
+    def begin_with(self, seeders: Iterable[t.SwarmPeer]) -> None:
+        """These answered a moment ago, and have everything: the first pieces are asked of them while their links are
+        opened."""
+        for seeder in seeders:
+            addresses = tuple(seeder.addresses)
+            self.linked(seeder.peer_id, addresses, self.swarm.all, seeder.user)
+            self._links.open(self.swarm, self.group, Endpoint(seeder.peer_id, addresses))
 
     @property
     def waiting(self) -> WaitReason | None:

@@ -348,10 +348,16 @@ class Engine:
             except TrackerError:
                 # Those last heard of may be there, and tell of others.
                 known = self.agent.known.peers(driver.group, driver.swarm.manifest_id)
-                tell_swarm(driver, known, self.peer_id)
+                self.swarm_told(driver, known)
                 return
             self.agent.known.swarm(answer.manifest_id, answer.peers)
-            tell_swarm(driver, answer.peers, self.peer_id)
+            self.swarm_told(driver, answer.peers)
+
+    def swarm_told(self, driver: DownloadDriver, peers: Iterable[t.SwarmPeer]) -> None:
+        """Feed a tracker's list into a download."""
+        for peer in peers:
+            if peer.peer_id != self.peer_id and not peer.quarantined:
+                driver.feed(ev.PeerJoined(peer.peer_id, tuple(peer.addresses), peer.complete))
 
     def report(self, driver: DownloadDriver, peer_id: str, fault: Fault) -> None:
         task = asyncio.ensure_future(self._report(driver, peer_id, fault))
@@ -373,10 +379,3 @@ class Engine:
         for group, names in swarm.offers.items():
             for name in names:
                 self.agent.hold((group, name, swarm.manifest_id), swarm.held_pieces, complete=swarm.complete)
-
-
-def tell_swarm(driver: DownloadDriver, peers: Iterable[t.SwarmPeer], me: str) -> None:
-    """Feed a tracker's list into a download."""
-    for peer in peers:
-        if peer.peer_id != me and not peer.quarantined:
-            driver.feed(ev.PeerJoined(peer.peer_id, tuple(peer.addresses), peer.complete))

@@ -124,7 +124,8 @@ class Getting:
         whole = await beginning.whole_already(file, target)
         if whole is not None:
             return whole
-        manifest = await beginning.manifest(file, on_progress, patience_seconds=patience_seconds)
+        found = await beginning.manifest(file, on_progress, patience_seconds=patience_seconds)
+        manifest = found.manifest
         async with self._beginnings.setdefault((file.group, file.name), asyncio.Lock()):
             begun = self._begun(file.group, file.name, file)
             if begun is not None:
@@ -133,6 +134,7 @@ class Getting:
             if whole is not None:
                 return whole
             transfer = await beginning.part(file, manifest, target, checksum=checksum)
+            transfer.found = found
             self.transfers[transfer.key] = transfer
             return transfer
 

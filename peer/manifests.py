@@ -1,7 +1,8 @@
 """Getting a manifest from whichever peer has it, and believing none of them.
 
 Owned here: asking several peers, bounds, and checks against the id and the group's entry. Left to others: what a
-manifest is (`manifest.py`).
+manifest is (`manifest.py`). Those whose answer was not needed any more are let finish: their connections are kept, and
+the first pieces come on them.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import random
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Coroutine
+from typing import Any, Final
+
+from msgspec import Struct
 
 from cluster.api import types as t
 from cluster.api.client import TrackerClient
@@ -26,6 +29,19 @@ from .trouble import of_tracker, refused
 ASKED_AT_ONCE: Final = 3
 RETRY_SECONDS: Final = 1.0
 NAMES_BYTES_MAX: Final = 64 << 20
+LINGER_SECONDS: Final = 1.0
+LINGER_PIECES_MAX: Final = 2048  # a larger manifest is not sent for nothing
+
+
+class Found(Struct, frozen=True):
+    """A manifest, and what was learnt of the swarm on the way. `answered` grows while others still do."""
+
+    manifest: Manifest
+    peers: list[t.SwarmPeer]
+    answered: set[str]
+
+    def seeders_that_answered(self) -> list[t.SwarmPeer]:
+        return [peer for peer in self.peers if peer.complete and peer.peer_id in self.answered]
 
 
 class ManifestFetcher:
@@ -38,14 +54,16 @@ class ManifestFetcher:
         home: Home,
         peer_id: str,
         known_peers: Callable[[str, str], list[t.SwarmPeer]],
+        later: Callable[[Coroutine[Any, Any, None]], None],
     ) -> None:
         """`known_peers` answers, for a group and a manifest, with the peers last heard of: asked while no tracker is
-        there."""
+        there. `later` runs something in the background."""
         self._fetcher = fetcher
         self._client = client
         self._known_peers = known_peers
         self._home = home
         self._peer_id = peer_id
+        self._later = later
 
     async def fetch(
         self,
@@ -54,26 +72,20 @@ class ManifestFetcher:
         waiting: Callable[[str], None],
         *,
         patience_seconds: float | None,
-    ) -> Manifest:
-        """The manifest of a group's file. Waits for a peer that has it, saying so (`waiting`, which may raise to end it);
-        for at most `patience_seconds` while there is none at all. Raises ManifestError when it cannot be used or contradicts the group's entry,
-        TrimaranError."""
+    ) -> Found:
+        """The manifest of a group's file. Waits for a peer that has it, saying so (`waiting`, which may raise to end
+        it); for at most `patience_seconds` while there is none at all. Raises ManifestError when it cannot be used or
+        contradicts the group's entry, TrimaranError."""
         kept = await asyncio.to_thread(self._kept, file.manifest_id)
         if kept is not None:
-            return self._checked(kept, file)
+            return Found(self._checked(kept, file), [], set())
         loop = asyncio.get_running_loop()
         began = loop.time()
+        answered: set[str] = set()
         while True:
-            try:
-                trackers = self._client()
-                answer = await trackers.show_swarm(file.group, file.name, manifest_id=file.manifest_id)
-                peers = answer.peers
-            except TrackerError as error:
-                if refused(error):
-                    raise of_tracker(error) from error
-                peers = self._known_peers(file.group, file.manifest_id)
+            peers = await self._ask_trackers(file)
             peers = [peer for peer in peers if peer.peer_id != self._peer_id and not peer.quarantined]
-            found = await self._ask(file, peers, token(file.group))
+            found = await self._ask(file, peers, token(file.group), answered)
             if found is not None:
                 manifest = self._checked(found, file)
                 await asyncio.to_thread(
@@ -81,7 +93,7 @@ class ManifestFetcher:
                     self._home.manifest_file(file.manifest_id),
                     await asyncio.to_thread(found.encode),
                 )
-                return manifest
+                return Found(manifest, peers, answered)
             if patience_seconds is not None and loop.time() - began > patience_seconds:
                 raise TrimaranError(
                     f"No peer of {file.group}/{file.name} can be reached.",
@@ -92,7 +104,19 @@ class ManifestFetcher:
             waiting("no peer of this file can be reached" if peers else "nobody who has this file is there")
             await asyncio.sleep(RETRY_SECONDS * random.uniform(0.75, 1.25))  # noqa: S311 - jitter
 
-    async def _ask(self, file: t.FileView, peers: list[t.SwarmPeer], token: str | None) -> Manifest | None:
+    async def _ask_trackers(self, file: t.FileView) -> list[t.SwarmPeer]:
+        """Who has it. Raises TrimaranError when they say no."""
+        try:
+            answer = await self._client().show_swarm(file.group, file.name, manifest_id=file.manifest_id)
+        except TrackerError as error:
+            if refused(error):
+                raise of_tracker(error) from error
+            return self._known_peers(file.group, file.manifest_id)
+        return answer.peers
+
+    async def _ask(
+        self, file: t.FileView, peers: list[t.SwarmPeer], token: str | None, answered: set[str]
+    ) -> Manifest | None:
         if token is None:
             return None
         random.shuffle(peers)
@@ -102,10 +126,13 @@ class ManifestFetcher:
         try:
             while waiting or asked:
                 while waiting and len(asked) < ASKED_AT_ONCE:
-                    asked.add(asyncio.create_task(self._ask_one(file, waiting.pop(0), token)))
+                    asked.add(asyncio.create_task(self._ask_one(file, waiting.pop(0), token, answered)))
                 done, asked = await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
                     if (found := task.result()) is not None:
+                        if asked and file.pieces <= LINGER_PIECES_MAX:
+                            self._later(_linger(asked))
+                            asked = set()
                         return found
         finally:
             for task in asked:
@@ -113,7 +140,9 @@ class ManifestFetcher:
             await asyncio.gather(*asked, return_exceptions=True)
         return None
 
-    async def _ask_one(self, file: t.FileView, peer: t.SwarmPeer, token: str) -> Manifest | None:
+    async def _ask_one(
+        self, file: t.FileView, peer: t.SwarmPeer, token: str, answered: set[str]
+    ) -> Manifest | None:
         bound = min(MANIFEST_BYTES_MAX, file.pieces * 32 + NAMES_BYTES_MAX)
         body = bytearray()
 
@@ -132,6 +161,7 @@ class ManifestFetcher:
             return None
         if reply.head.status != 200:
             return None
+        answered.add(peer.peer_id)
         return await asyncio.to_thread(_decoded, bytes(body), file.manifest_id)
 
     def _kept(self, manifest_id: str) -> Manifest | None:
@@ -150,6 +180,16 @@ class ManifestFetcher:
             algorithm=file.algorithm,
         )
         return manifest
+
+
+async def _linger(asked: set[asyncio.Task[Manifest | None]]) -> None:
+    """Let them end by themselves, for a moment."""
+    try:
+        await asyncio.wait(asked, timeout=LINGER_SECONDS)
+    finally:
+        for task in asked:
+            task.cancel()
+        await asyncio.gather(*asked, return_exceptions=True)
 
 
 def _decoded(body: bytes, manifest_id: str) -> Manifest | None:

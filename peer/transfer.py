@@ -21,6 +21,7 @@ from .bitmap import from_wire, mask_of
 from .content import Content
 from .driver import DownloadDriver
 from .manifest import Manifest
+from .manifests import Found
 from .records import Record
 from .reports import Exit, State, TrimaranError
 from .reuse import Here, copy_what_is_here
@@ -52,6 +53,7 @@ class Transfer:
         self.held = 0  # mask of what is here, for telling
         self.error: TrimaranError | None = None
         self.followers = 0  # commands that wait for its end
+        self.found: Found | None = None  # as it was begun: who had it a moment ago
 
     @property
     def key(self) -> FactKey:
@@ -171,6 +173,10 @@ class Course:
             driver.feed(ev.TrackersAway())
         driver.start()
         self._driving()
+        if transfer.found is not None:
+            driver.begin_with(transfer.found.seeders_that_answered())
+            engine.swarm_told(driver, transfer.found.peers)
+            transfer.found = None
         engine.find_peers(driver)
         try:
             await driver.done
