@@ -265,6 +265,9 @@ async def test_as_our_fetcher_asks_the_answers_are_the_same(here: Here) -> None:
         "a stolen token": ("dora", good, 403),
         "another group": ("dora", here.token("dora", group="ships"), 404),
         "a forged token": ("ben", here.token("ben", key="n1-now forged"), 401),
+        "an expired token": ("ben", here.token("ben", expires_at_ms=now_ms() - 1000), 401),
+        "a token from a retired key": ("ben", here.token("ben", key="n1-old"), 401),
+        "a token from an unknown key": ("ben", here.token("ben", key="n9-unknown"), 401),
     }
     for what, (who, token, expected) in cases.items():
         for asked in (requests(here.manifest_id)[f"/v1/swarms/{{manifest_id}}/{path}"] for path in PIECES):
