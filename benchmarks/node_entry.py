@@ -66,7 +66,7 @@ class Watcher:
         work = self._core.snapshotting
         seen = {
             "writing": work._writing is not None,
-            "receiving": work._receiving is not None,
+            "receiving": work._receiver is not None,
             "installing": work._installing is not None,
             "sending": bool(work._sending),
         }

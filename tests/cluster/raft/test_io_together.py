@@ -162,6 +162,30 @@ async def test_proposals_restarts_and_snapshots_without_a_single_pickle(
     assert three.nodes[behind].core.snapshotting.installed >= 1
 
 
+async def test_a_node_stopped_while_it_receives_a_snapshot_goes_on_with_it(three: Cluster) -> None:
+    leader = await three.settled()
+    behind = next(node_id for node_id in three.nodes if node_id != leader)
+    await three.nodes.pop(behind).stop()
+    await three.write(*(b"command %d" % number + b"." * 400 for number in range(200)))
+    await until(lambda: any((three.folder / f"{leader}-data").glob("*.snap")))
+    folder = three.folder / f"{behind}-data"
+    await three.start(behind)
+
+    def part_bytes() -> int:
+        return sum(part.stat().st_size for part in folder.glob("*.part"))
+
+    async with asyncio.timeout(20):
+        while part_bytes() < 10_000:
+            await asyncio.sleep(0)
+    await three.nodes.pop(behind).stop()
+    assert part_bytes() >= 10_000
+    await three.start(behind)
+    await three.write(b"last")
+    await three.agreed()
+    assert three.nodes[behind].core.snapshotting.resumed == 1
+    assert part_bytes() == 0
+
+
 def full_under(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """No room for anything in that folder, until the function returned is called."""
     write = os.write
