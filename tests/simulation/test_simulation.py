@@ -3,14 +3,16 @@
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 import chaos_tests
 from chaos_tests.simulation.rig import WITHOUT
-from chaos_tests.simulation.run import kind_of, run, run_many
+from chaos_tests.simulation.run import kind_of, run, run_many, summarise
 from chaos_tests.simulation.stock import CANARIES
+from chaos_tests.simulation.world import Result
 
 SECONDS = 8.0
 
@@ -51,6 +53,9 @@ MUST_BITE = (
     "disk_full",
     "cut_at_handover",
     "ended_while_receiving",
+    "ended_at_append",
+    "ended_at_sync",
+    "ended_at_synced",
     "ended_by_failed_sync",
     "folder_vanished",
     "killed",
@@ -65,6 +70,7 @@ MUST_BITE = (
     "part_rotted",
     "paused",
     "power_lost",
+    "power_lost_after_vote",
     "power_lost_everywhere",
     "refused_to_start",
     "removed_node_told",
@@ -97,6 +103,19 @@ def test_without_one_correction_a_run_fails(name: str) -> None:
     assert any(run(seed, 12.0, WITHOUT[name]).violations for seed in seeds), (
         f"{name} is not missed by anybody"
     )
+
+
+def test_the_summary_says_what_was_run_what_bit_and_how_to_run_it_again() -> None:
+    well = Result(7, "storm", 3000.0, 500, 20, 3, bites=Counter(killed=3, rot=1))
+    wrong = Result(
+        9, "members", 600.0, 41, 2, 1, ["two leaders in one term at 1.000 s: n1 and n2"], Counter(killed=2)
+    )
+    text = summarise([well, wrong], 12.0, 60.0)
+    for part in (
+        "seeds 2", "virtual hours 1.00", "writes acknowledged 541", "killed 5, rot 1", "violations 1",
+        "seed 9 (members): two leaders in one term", "make simulate SEED=9 SECONDS=60",
+    ):  # fmt: skip
+        assert part in text
 
 
 def test_the_track_record_names_the_seeds_that_are_run_here() -> None:

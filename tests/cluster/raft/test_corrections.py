@@ -100,6 +100,38 @@ def test_5_a_contradiction_of_what_is_committed_ends_the_node() -> None:
     assert "contradicts" in node.fatal[0]
 
 
+@pytest.mark.parametrize("what", ["missing", "damaged", "damaged while it runs"])
+def test_6_9_a_log_without_the_snapshot_before_it_starts_nobody(what: str) -> None:
+    node = LoneNode(segment_bytes=1_000, log_bytes_before_snapshot=3_000, keep_tail_bytes=0)
+    node.lead()
+    for number in range(60):
+        node.propose(encode_command(("put", f"r{number}", f"key {number}", "value" * 10)))
+        node.pass_seconds(0.02)
+        node.acknowledge("n2", node.core.guard.last_index)
+    node.pass_seconds()
+    assert node.core.guard.first_index > 1
+    (name,) = [name for name in node.disk.list() if name.startswith("snapshot")]
+    if what == "missing":
+        node.disk.remove(name)
+        node.disk.sync_folder()
+        with pytest.raises(
+            ConsensusStartError, match=r"snapshot of what came before is missing.*as a new node"
+        ):
+            node.power_cycle()
+        return
+    node.disk.names[name].seen[400] ^= 1
+    node.disk.names[name].kept = bytes(node.disk.names[name].seen)
+    if what == "damaged":
+        with pytest.raises(ConsensusStartError, match=r"snapshot is damaged.*add it again as a new node"):
+            node.power_cycle()
+        return
+    node.sent.clear()
+    node.hear("n3", Ack(node.core.guard.term, 2, False, True, node.runtime.now()))  # it needs the snapshot
+    node.pass_seconds()
+    assert len(node.fatal) == 1 and "snapshot is damaged" in node.fatal[0]
+    assert node.of(SnapshotChunk) == []
+
+
 def test_8_an_acknowledgement_of_another_term_counts_for_nothing() -> None:
     node = LoneNode(5)
     term = node.lead()
