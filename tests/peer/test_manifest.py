@@ -14,6 +14,7 @@ from peer.manifest import (
     GIB,
     KIB,
     MIB,
+    NEAR_BYTES,
     PIECES_MAX,
     SIZE_BYTES_MAX,
     FileEntry,
@@ -21,6 +22,7 @@ from peer.manifest import (
     Manifest,
     ManifestError,
     piece_bytes_for,
+    piece_digest,
 )
 
 
@@ -61,6 +63,16 @@ def forged(**changes: object) -> bytes:
 def test_the_piece_size_follows_from_the_total_size(size_bytes: int, piece_bytes: int) -> None:
     assert piece_bytes_for(size_bytes) == piece_bytes
     assert -(-size_bytes // piece_bytes) <= PIECES_MAX
+
+
+@pytest.mark.parametrize(
+    "size_bytes", [0, 1, NEAR_BYTES - 1, NEAR_BYTES, NEAR_BYTES + 1, 2 * NEAR_BYTES, 3 * NEAR_BYTES - 7]
+)
+def test_a_piece_is_hashed_as_a_whole_however_it_is_read(size_bytes: int) -> None:
+    piece = bytes(number % 251 for number in range(size_bytes))
+    hash_of = piece_digest("sha256")
+    assert hash_of(piece) == hashlib.sha256(piece).digest()
+    assert hash_of(memoryview(bytearray(piece))) == hashlib.sha256(piece).digest()
 
 
 def test_one_tebibyte_has_a_manifest_of_four_mebibytes() -> None:
