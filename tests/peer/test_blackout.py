@@ -185,6 +185,9 @@ async def test_after_its_token_a_download_waits_says_why_and_goes_on(short: Peer
         waiting = await wait_for(State.WAITING, 25, WaitReason.TOKEN_EXPIRED.value)
         await asyncio.sleep(1.0)
         still = await row()
+        async with asyncio.timeout(20):  # the command asks the trackers first, which are away
+            while not any(progress.state is State.WAITING for progress in told):
+                await asyncio.sleep(0.05)
         follower.cancel()
         await asyncio.gather(follower, return_exceptions=True)
         said = {progress.message for progress in told if progress.state is State.WAITING}
