@@ -51,9 +51,9 @@ class Beginning:
         engine = self._engine
         return engine.client.within(AWAY_ASKED_SECONDS) if engine.agent.away else engine.client
 
-    async def facts(self, group: str, name: str) -> t.FileView | None:
-        """What the group says of the file; while no tracker can say, what was last heard; None when nothing was (then
-        only what was begun goes on)."""
+    async def facts(self, group: str, name: str, *, begun: bool) -> t.FileView | None:
+        """What the group says of the file; while no tracker can say, what was last heard; None when nothing was, or
+        without a token: then only what was `begun` goes on, and waits for one."""
         engine = self._engine
         try:
             await engine.agent.ensure_token(group)
@@ -61,6 +61,8 @@ class Beginning:
         except TrackerError as error:
             if away(error) and engine.agent.token(group) is not None:
                 return engine.agent.known.file(group, name)
+            if away(error) and begun:
+                return None
             raise of_tracker(error) from error
 
     async def whole_already(self, file: t.FileView, target: Path) -> Record | None:

@@ -92,7 +92,7 @@ class Getting:
         """See `PeerSession.get`."""
         began = asyncio.get_running_loop().time()
         target = target_of(target_folder, name)
-        file = await self._beginning.facts(group, name)
+        file = await self._beginning.facts(group, name, begun=self._begun(group, name, None) is not None)
         patience_seconds = ALONE_SECONDS if foreground else None
         begun: Transfer | Record | None = self._begun(group, name, file)
         if begun is None:

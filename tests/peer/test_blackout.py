@@ -185,11 +185,17 @@ async def test_after_its_token_a_download_waits_says_why_and_goes_on(short: Peer
         waiting = await wait_for(State.WAITING, 25, WaitReason.TOKEN_EXPIRED.value)
         await asyncio.sleep(1.0)
         still = await row()
+        # So is whoever asks for it now: what was begun needs neither a tracker nor a token to be followed.
+        later = asyncio.create_task(get(ben, "hull.bin", tmp_path / "there", on_progress=told.append))
         async with asyncio.timeout(20):  # the command asks the trackers first, which are away
             while not any(progress.state is State.WAITING for progress in told):
                 await asyncio.sleep(0.05)
-        follower.cancel()
-        await asyncio.gather(follower, return_exceptions=True)
+        await asyncio.sleep(2.0)
+        assert not follower.done()
+        assert not later.done()
+        for each in (follower, later):
+            each.cancel()
+        await asyncio.gather(follower, later, return_exceptions=True)
         said = {progress.message for progress in told if progress.state is State.WAITING}
         assert said == {WaitReason.TOKEN_EXPIRED.value}, "first it was told something else"
         assert still is not None
