@@ -10,8 +10,8 @@ field that is not in a short list, parts of requests, several at once, and every
 so that refusals are made in one place. Nothing is begun before that is decided. Left to others: what an
 announcement means (`announcing.py`), the way of all other requests (`http.py`).
 
-A call may only be recognised where a request begins. So what goes aiohttp's way is followed by its framing (RFC
-9112, 6): after a head whose end, or whose body's end, is not certain, the connection is aiohttp's for good.
+A call may only be recognised where a request begins (`cluster/api/framing.py`): after a head whose end, or whose body's
+end, is not certain, the connection is aiohttp's for good.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from cluster.announcing import End
+from cluster.api.framing import Framing, length_of
 from cluster.api.types import AnnounceBody, Answer
 from cluster.handlers.swarms import announce_answer, announcement_of, not_yours
 from cluster.problems import ProblemError
@@ -39,14 +40,10 @@ _BEGINS: Final = b"POST /v1/peers/"
 _HEAD: Final = re.compile(
     rb"POST /v1/peers/([a-z2-7]{52})/announce HTTP/1\.1\r\n((?:[A-Za-z-]+:[\t\x20-\x7e]*\r\n)+)\r\n"
 )
-_FRAMING: Final = re.compile(
-    rb"\r\n(content-length|transfer-encoding|upgrade|expect)[ \t]*:[ \t]*([^\r\n]*)", re.IGNORECASE
-)
 _KNOWN: Final = frozenset(
     b"host accept accept-encoding user-agent connection idempotency-key content-type content-length"
     b" authorization".split()
 )
-_LENGTH_DIGITS_MAX: Final = 9
 
 
 class Calls(Protocol):
@@ -67,14 +64,12 @@ class Calls(Protocol):
 class Connection(web.RequestHandler):
     """aiohttp's, which is shown what arrives only if it is not for the short way."""
 
-    __slots__ = ("_certain", "_held", "_left_bytes", "_theirs", "_under_way", "_way")
+    __slots__ = ("_framing", "_held", "_under_way", "_way")
 
     def __init__(self, way: ShortWay, **settings: Any) -> None:
         super().__init__(way, **settings)
         self._way = way
-        self._certain = True  # it is known where the next request begins
-        self._left_bytes = 0  # of the body of the request that aiohttp reads
-        self._theirs = 0  # requests that aiohttp was given, and has not answered
+        self._framing = Framing()
         self._under_way = False  # a call of the short way
         self._held = b""  # what came after it
 
@@ -83,45 +78,23 @@ class Connection(web.RequestHandler):
             self._held += data
             assert self.transport is not None
             self.transport.pause_reading()
-        elif not self._certain or not data:
+        elif not self._framing.certain or not data:
             super().data_received(data)
         elif not (data.startswith(_BEGINS) and self._idle() and self._way.take(self, data)):
-            self._follow(data)
+            self._framing.follow(data)
             super().data_received(data)
 
     def _idle(self) -> bool:
         transport = self.transport
         return (
-            not self._theirs
-            and not self._left_bytes
+            self._framing.idle
             and transport is not None
             and not transport.is_closing()
             and transport.get_write_buffer_size() <= QUEUED_BYTES
         )
 
-    def _follow(self, data: bytes) -> None:
-        """Where the request that aiohttp is given ends, if that is certain."""
-        if self._left_bytes:
-            self._left_bytes -= len(data)
-            self._certain = self._left_bytes >= 0
-            return
-        self._theirs += 1
-        end = data.find(b"\r\n\r\n")
-        length = 0
-        if end > 0:
-            found = _FRAMING.findall(data, 0, end)
-            if found:
-                length = _length(found[0][1]) if len(found) == 1 and len(found[0][0]) == 14 else -1
-        self._left_bytes = length - (len(data) - end - 4)
-        self._certain = (
-            end > 0
-            and length >= 0
-            and self._left_bytes >= 0
-            and data.count(b"\n", 0, end) == data.count(b"\r\n", 0, end)
-        )
-
     def answered_by_aiohttp(self) -> None:
-        self._theirs -= 1
+        self._framing.answered()
 
     def log_exception(self, *args: Any, **kw: Any) -> None:
         """What is no HTTP is the caller's fault, and no news: ports are scanned."""
@@ -146,11 +119,6 @@ class Connection(web.RequestHandler):
         if held:
             transport.resume_reading()
             self.data_received(held)
-
-
-def _length(digits: bytes) -> int:
-    digits = digits.strip(b" \t")
-    return int(digits) if digits.isdigit() and len(digits) <= _LENGTH_DIGITS_MAX else -1
 
 
 class ShortWay(web.Server):
@@ -198,7 +166,7 @@ class ShortWay(web.Server):
             b"host" not in fields
             or fields.get(b"content-type") != b"application/json"
             or fields.get(b"connection", b"keep-alive").lower() != b"keep-alive"
-            or _length(fields.get(b"content-length", b"")) != body_bytes
+            or length_of(fields.get(b"content-length", b"")) != body_bytes
             or body_bytes > settings.announce_body_bytes_max
             or self._under_way >= settings.requests_max
         ):

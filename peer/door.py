@@ -106,9 +106,10 @@ class Door:
             try:
                 opened, address = await loop.sock_accept(listening)
             except OSError as error:
-                if error.errno in NO_RESOURCES:
+                scarce = error.errno in NO_RESOURCES
+                if scarce:
                     log.warning("new connections must wait: %s", error.strerror)
-                    await asyncio.sleep(NO_RESOURCES_SECONDS)
+                await asyncio.sleep(NO_RESOURCES_SECONDS if scarce else 0)
                 continue
             self._let_in(opened, str(address[0]))
             accepted += 1

@@ -10,8 +10,8 @@ several at once, and every request that is going to be refused, so that refusals
 is refused after it has waited goes aiohttp's way then: nothing of its answer was sent. Left to others: what is checked,
 slots, sending (`server.py`, `sending.py`).
 
-A request may only be recognised where one begins. So what goes aiohttp's way is followed by its framing (RFC 9112, 6):
-after a head whose end, or whose body's end, is not certain, the connection is aiohttp's for good.
+A request may only be recognised where one begins (`cluster/api/framing.py`): after a head whose end, or whose body's end,
+is not certain, the connection is aiohttp's for good.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from typing import Any, Final, Protocol
 
 from aiohttp import web
 
+from cluster.api.framing import Framing
+
 from .bitmap import Mask
 from .door import Server
 from .outlets import Outlet, PlainOutlet, TlsOutlet
@@ -31,10 +33,6 @@ _REQUEST: Final = re.compile(
     rb"(?:GET /v1/swarms/([0-9a-f]{64})/pieces/([0-9]{1,8})|POST /v1/swarms/([0-9a-f]{64})/next) HTTP/1\.1\r\n"
     rb"Host: peer\r\nAuthorization: Bearer ([A-Za-z0-9._-]{1,4096})\r\n(?:Content-Length: ([0-9]{1,6})\r\n)?\r\n"
 )
-_FRAMING: Final = re.compile(
-    rb"\r\n(content-length|transfer-encoding|upgrade|expect)[ \t]*:[ \t]*([^\r\n]*)", re.IGNORECASE
-)
-_LENGTH_DIGITS_MAX: Final = 9
 
 
 class Asked:
@@ -89,16 +87,14 @@ class Connection(web.RequestHandler):
     """aiohttp's, which is shown what arrives only if it is not for the short way."""
 
     __slots__ = (
-        "_asked", "_certain", "_held", "_left_bytes", "_theirs", "_way", "answering", "asked_at", "outlet", "peer_id",
+        "_asked", "_framing", "_held", "_way", "answering", "asked_at", "outlet", "peer_id",
         "waited",
     )  # fmt: skip
 
     def __init__(self, way: ShortWay, **settings: Any) -> None:
         super().__init__(way, **settings)
         self._way = way
-        self._certain = True  # it is known where the next request begins
-        self._left_bytes = 0  # of the body of the request that aiohttp reads
-        self._theirs = 0  # requests that aiohttp was given, and has not answered
+        self._framing = Framing()
         self._asked: Asked | None = None  # the request of the short way
         self._held = b""  # what came after it
         self.answering = 0  # requests that the server works on
@@ -131,9 +127,9 @@ class Connection(web.RequestHandler):
             self._held += data
             assert self.transport is not None
             self.transport.pause_reading()
-        elif not self._certain or not data:
+        elif not self._framing.certain or not data:
             super().data_received(data)
-        elif self._theirs or self._left_bytes or not self._take(data):
+        elif not self._framing.idle or not self._take(data):
             self._give(data)
 
     def _take(self, data: bytes) -> bool:
@@ -164,32 +160,11 @@ class Connection(web.RequestHandler):
         return False
 
     def _give(self, data: bytes) -> None:
-        self._follow(data)
+        self._framing.follow(data)
         super().data_received(data)
 
-    def _follow(self, data: bytes) -> None:
-        """Where the request that aiohttp is given ends, if that is certain."""
-        if self._left_bytes:
-            self._left_bytes -= len(data)
-            self._certain = self._left_bytes >= 0
-            return
-        self._theirs += 1
-        end = data.find(b"\r\n\r\n")
-        length = 0
-        if end > 0:
-            found = _FRAMING.findall(data, 0, end)
-            if found:
-                length = _length(found[0][1]) if len(found) == 1 and len(found[0][0]) == 14 else -1
-        self._left_bytes = length - (len(data) - end - 4)
-        self._certain = (
-            end > 0
-            and length >= 0
-            and self._left_bytes >= 0
-            and data.count(b"\n", 0, end) == data.count(b"\r\n", 0, end)
-        )
-
     def answered_by_aiohttp(self) -> None:
-        self._theirs -= 1
+        self._framing.answered()
 
     def answered(self, data: bytes = b"") -> None:
         """The answer has left, but for `data`."""
@@ -216,11 +191,6 @@ class Connection(web.RequestHandler):
             assert self.transport is not None
             self.transport.resume_reading()
             self.data_received(held)
-
-
-def _length(digits: bytes) -> int:
-    digits = digits.strip(b" \t")
-    return int(digits) if digits.isdigit() and len(digits) <= _LENGTH_DIGITS_MAX else -1
 
 
 class ShortWay(Server):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -46,13 +46,22 @@ async def shared(tmp_path: Path) -> tuple[Manifest, bytes]:
         return await Hashing(scan(source, "sha256"), 1).run(executor), content
 
 
-async def test_small_pieces_that_come_while_one_is_checked_share_a_job(
-    tmp_path: Path, shared: tuple[Manifest, bytes]
-) -> None:
-    manifest, content = shared
-    size = manifest.layout.piece_bytes
+@pytest.fixture
+def store(tmp_path: Path, shared: tuple[Manifest, bytes]) -> Iterator[PartStore]:
     (tmp_path / "maps").mkdir()
-    store = PartStore.create(manifest, tmp_path / "target", tmp_path / "maps")
+    made = PartStore.create(shared[0], tmp_path / "target", tmp_path / "maps")
+    yield made
+    made.close()
+
+
+def piece_of(shared: tuple[Manifest, bytes], index: int) -> memoryview:
+    size = shared[0].layout.piece_bytes
+    return memoryview(bytearray(shared[1][index * size : (index + 1) * size]))
+
+
+async def test_small_pieces_that_come_while_one_is_checked_share_a_job(
+    store: PartStore, shared: tuple[Manifest, bytes]
+) -> None:
     executor = Counting()
     checks = Checks(executor, jobs_max=4)
     told: dict[int, list[bool | Exception]] = {index: [] for index in range(4)}
@@ -64,10 +73,10 @@ async def test_small_pieces_that_come_while_one_is_checked_share_a_job(
             all_told.set()
 
     for index in range(4):
-        piece = bytearray(content[index * size : (index + 1) * size])
+        piece = piece_of(shared, index)
         if index == 2:
             piece[7] ^= 1
-        checks.add(store, index, memoryview(piece), lambda end, index=index: checked(index, end))  # type: ignore[misc]
+        checks.add(store, index, piece, lambda end, index=index: checked(index, end))  # type: ignore[misc]
     assert executor.jobs == 1, "the first begins at once, three together are not worth a thread"
     executor.gate.set()
     async with asyncio.timeout(20):
@@ -75,47 +84,35 @@ async def test_small_pieces_that_come_while_one_is_checked_share_a_job(
     assert executor.jobs == 2
     assert told == {0: [True], 1: [True], 2: [False], 3: [True]}
     assert [store.map.has(index) for index in range(4)] == [True, True, False, True]
-    store.close()
 
 
 async def test_what_is_large_gets_threads_of_its_own_up_to_the_bound(
-    tmp_path: Path, shared: tuple[Manifest, bytes]
+    store: PartStore, shared: tuple[Manifest, bytes]
 ) -> None:
-    manifest, content = shared
-    size = manifest.layout.piece_bytes
-    (tmp_path / "maps").mkdir()
-    store = PartStore.create(manifest, tmp_path / "target", tmp_path / "maps")
     executor = Counting()
     checks = Checks(executor, jobs_max=3)
     ends: list[bool | Exception] = []
-    pieces = 1 + 4 * JOB_BYTES // size
+    pieces = 1 + 4 * JOB_BYTES // shared[0].layout.piece_bytes
     for index in range(pieces):
-        piece = memoryview(bytearray(content[index * size : (index + 1) * size]))
-        checks.add(store, index, piece, ends.append)
+        checks.add(store, index, piece_of(shared, index), ends.append)
     assert executor.jobs == 3
     executor.gate.set()
     async with asyncio.timeout(20):
         while len(ends) < pieces:
             await asyncio.sleep(0.005)
     assert ends == [True] * pieces
-    store.close()
 
 
 async def test_a_disk_that_refuses_is_the_trouble_of_that_piece_alone(
-    tmp_path: Path, shared: tuple[Manifest, bytes]
+    store: PartStore, tmp_path: Path, shared: tuple[Manifest, bytes]
 ) -> None:
-    manifest, content = shared
-    size = manifest.layout.piece_bytes
-    (tmp_path / "maps").mkdir()
-    store = PartStore.create(manifest, tmp_path / "target", tmp_path / "maps")
-    closed = PartStore.create(manifest, tmp_path / "other", tmp_path / "maps")
+    closed = PartStore.create(shared[0], tmp_path / "other", tmp_path / "maps")
     closed.close()
     executor = Counting()
     checks = Checks(executor, jobs_max=1)
     ends: dict[str, bool | Exception] = {}
     for index, (name, where) in enumerate((("well", store), ("closed", closed), ("well after", store))):
-        piece = memoryview(bytearray(content[index * size : (index + 1) * size]))
-        checks.add(where, index, piece, lambda end, name=name: ends.__setitem__(name, end))  # type: ignore[misc]
+        checks.add(where, index, piece_of(shared, index), lambda end, name=name: ends.__setitem__(name, end))  # type: ignore[misc]
     executor.gate.set()
     async with asyncio.timeout(20):
         while len(ends) < 3:
@@ -123,4 +120,3 @@ async def test_a_disk_that_refuses_is_the_trouble_of_that_piece_alone(
     assert ends["well"] is True
     assert isinstance(ends["closed"], DiskTroubleError)
     assert ends["well after"] is True
-    store.close()
