@@ -33,7 +33,6 @@ from peer.fetch import Endpoint, Fetcher
 from peer.hashing import Hashing, scan
 from peer.line import Head
 from peer.manifest import Manifest
-from peer.pacer import Pacer
 from peer.recent import RecentPieces
 from peer.server import PieceServer
 from peer.store import PartStore
@@ -62,7 +61,7 @@ async def serve(source: Path, manifest_file: Path) -> None:
     server = PieceServer(
         peer_id="s" * 52, swarms=swarms, access=access, files=OpenFiles(), executor=executor,
         recent=RecentPieces(BufferPool(1 << 20)),
-        manifest_file=lambda _: manifest_file, withdraw=lambda *_: None, link=no_links, up=Pacer(),
+        manifest_file=lambda _: manifest_file, withdraw=lambda *_: None, link=no_links,
     )  # fmt: skip
     _, port = await server.start("127.0.0.1", 0, None)
     print(port, flush=True)

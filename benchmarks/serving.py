@@ -32,7 +32,6 @@ from peer.buffers import BufferPool
 from peer.content import Content, OpenFiles
 from peer.hashing import Hashing, scan
 from peer.manifest import Manifest
-from peer.pacer import Pacer
 from peer.recent import RecentPieces
 from peer.server import PieceServer
 from peer.swarm import Swarm, Swarms
@@ -67,7 +66,7 @@ async def serve(source: Path, manifest_file: Path, *, from_memory: bool) -> None
 
     server = PieceServer(
         peer_id="s" * 52, swarms=swarms, access=access, files=OpenFiles(), executor=executor, recent=recent,
-        manifest_file=lambda _: manifest_file, withdraw=lambda *_: None, link=no_links, up=Pacer(),
+        manifest_file=lambda _: manifest_file, withdraw=lambda *_: None, link=no_links,
     )  # fmt: skip
     _, port = await server.start("127.0.0.1", 0, None)
     print(port, flush=True)

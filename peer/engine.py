@@ -18,6 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 from urllib.parse import urlsplit
 
+from msgspec import structs
+
 from cluster.api import types as t
 from cluster.api.certificates import peer_id_of
 from cluster.api.client import TrackerClient
@@ -82,7 +84,6 @@ class Engine:
         self.long = ThreadPoolExecutor(cores + 2, thread_name_prefix="long")
         self.pool = BufferPool(settings.memory_bytes)
         self.recent = RecentPieces(self.pool)
-        self.up = Pacer()
         self.down = Pacer()
         tls = None if identity.insecure else identity.client_context
         self.fetcher = Fetcher(tls=tls, identify=None if identity.insecure else peer_id_of)
@@ -108,7 +109,6 @@ class Engine:
             manifest_file=home.manifest_file,
             withdraw=self.sharing.withdraw,
             link=self.links.accept,
-            up=self.up,
         )
         self.agent = TrackerAgent(
             client=self.client,
@@ -120,6 +120,7 @@ class Engine:
         )
         self.listen_address = ""
         self._holding = holding()
+        self._limits = Limits()
         self._finding: dict[str, float] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._reports: set[asyncio.Task[None]] = set()
@@ -129,13 +130,12 @@ class Engine:
     async def start(self, *, resume: bool) -> None:
         """Listen, share what was shared before, and (`resume`) go on with what was unfinished. Raises
         TrimaranError."""
-        kept = await asyncio.to_thread(self.records.limits)
+        kept = await asyncio.to_thread(self.records.limits) or Limits()
         self.set_limits(
-            Limits(
-                up_bytes_per_second=self.settings.up_bytes_per_second
-                or (kept.up_bytes_per_second if kept else 0),
-                down_bytes_per_second=self.settings.down_bytes_per_second
-                or (kept.down_bytes_per_second if kept else 0),
+            structs.replace(
+                kept,
+                up_bytes_per_second=self.settings.up_bytes_per_second or kept.up_bytes_per_second,
+                down_bytes_per_second=self.settings.down_bytes_per_second or kept.down_bytes_per_second,
             )
         )
         if not self.identity.certified:
@@ -228,14 +228,12 @@ class Engine:
     # --- rates ----------------------------------------------------------------------------------
 
     def limits(self) -> Limits:
-        return Limits(
-            up_bytes_per_second=int(self.up.bytes_per_second),
-            down_bytes_per_second=int(self.down.bytes_per_second),
-        )
+        return self._limits
 
     def set_limits(self, limits: Limits) -> None:
         now = asyncio.get_running_loop().time()
-        self.up.set_rate(limits.up_bytes_per_second, now)
+        self._limits = limits
+        self.server.set_limits(limits.up_bytes_per_second, limits.up_each_bytes_per_second, limits.up_slots)
         self.down.set_rate(limits.down_bytes_per_second, now)
         self.getting.budgets_changed()
 

@@ -1,7 +1,7 @@
 """Sending manifests to those who may have them.
 
 Owned here: how many are sent at once and to whom (they need no upload slot, so that a newcomer need not wait behind
-pieces), a little of a large one in memory at a time, the upload rate, who takes nothing, and ending at once what lost
+pieces), a little of a large one in memory at a time, the upload rates, who takes nothing, and ending at once what lost
 its right. Left to others: the right itself (`access.py`), HTTP (`server.py`).
 """
 
@@ -18,13 +18,12 @@ from aiohttp import web
 
 from cluster.api.tokens import Claims
 
-from .pacer import Pacer
+from .upload_rates import UploadRates
 
 AT_ONCE_MAX: Final = 32
 PER_PEER_MAX: Final = 4  # those that wait among them
 TURN_SECONDS_MAX: Final = 8.0
 WRITE_BYTES: Final = 256 << 10
-LIMITED_BYTES: Final = 64 << 10
 BLOCKED_SECONDS_MAX: Final = 10.0
 
 
@@ -35,8 +34,8 @@ class ManifestsBusyError(Exception):
 class ManifestSender:
     """Belongs to the event loop."""
 
-    def __init__(self, up: Pacer, seconds_left: Callable[[Claims], float]) -> None:
-        self._up = up
+    def __init__(self, rates: UploadRates, seconds_left: Callable[[Claims], float]) -> None:
+        self._rates = rates
         self._seconds_left = seconds_left
         self._turns = asyncio.Semaphore(AT_ONCE_MAX)
         self._of_peer: Counter[str] = Counter()
@@ -89,7 +88,7 @@ class ManifestSender:
             offset = 0
             while offset < length:
                 data = await asyncio.to_thread(
-                    os.pread, descriptor, await self._allowed(length - offset), offset
+                    os.pread, descriptor, await self._allowed(claims, length - offset), offset
                 )
                 if not data:
                     raise OSError(f"{file} is shorter than it was")
@@ -103,10 +102,12 @@ class ManifestSender:
             del self._sending[transport]
             os.close(descriptor)
 
-    async def _allowed(self, left: int) -> int:
+    async def _allowed(self, claims: Claims, left: int) -> int:
         """How many of the bytes that are left may leave now, after waiting for them."""
-        if not self._up.bytes_per_second:
+        rates, loop = self._rates, asyncio.get_running_loop()
+        if not rates.limited:
             return min(left, WRITE_BYTES)
-        count = min(left, LIMITED_BYTES)
-        await asyncio.sleep(self._up.take(count, asyncio.get_running_loop().time()))
+        count = min(left, rates.stretch_bytes)
+        await asyncio.sleep(rates.take_own(claims.peer_id, count, loop.time()))
+        await asyncio.sleep(rates.total.take(count, loop.time()))
         return count

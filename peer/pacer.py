@@ -49,6 +49,11 @@ class Pacer:
         if self._rate:
             self._credit = min(self._credit + count, self._burst())
 
+    def is_full(self, now: float) -> bool:
+        """Whether it allows as much as a new one."""
+        self._refill(now)
+        return self._credit >= self._burst()
+
     def _refill(self, now: float) -> None:
         if self._at is not None and now > self._at:
             self._credit = min(self._credit + (now - self._at) * self._rate, self._burst())

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from enum import IntEnum, StrEnum
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol
 
 from msgspec import Struct
 
@@ -133,11 +133,38 @@ class WhoReport(Struct, frozen=True, kw_only=True):
     peer_id: str
 
 
+RATE_MAX: Final = 1 << 40  # bytes per second
+UP_EACH_MIN: Final = 16 << 10  # a piece must come whole before its token ends
+UP_SLOTS_MAX: Final = 64
+
+
 class Limits(Struct, frozen=True, kw_only=True):
-    """Bytes per second; 0 is unlimited."""
+    """Bytes per second; 0 is unlimited. Kept in the home, so fields are only added, each with a default."""
 
     up_bytes_per_second: int = 0
     down_bytes_per_second: int = 0
+    up_each_bytes_per_second: int = 0  # to one downloader
+    up_slots: int = 0  # sends at once; 0: as many as the link needs
+
+    def check(self) -> None:
+        """Raises TrimaranError."""
+        for value in (self.up_bytes_per_second, self.down_bytes_per_second, self.up_each_bytes_per_second):
+            if not 0 <= value <= RATE_MAX:
+                raise _no_limit(f"A rate of {value} bytes per second is no limit", "Take 0 to 1024G.")
+        if 0 < self.up_each_bytes_per_second < UP_EACH_MIN:
+            raise _no_limit(
+                f"{self.up_each_bytes_per_second} bytes per second are too few for a downloader",
+                "Take at least 16K: a piece must arrive whole while its token holds. 0 is unlimited.",
+            )
+        if not 0 <= self.up_slots <= UP_SLOTS_MAX:
+            raise _no_limit(
+                f"There cannot be {self.up_slots} upload slots",
+                f"Take 1 to {UP_SLOTS_MAX}, or 0 for as many as the link needs.",
+            )
+
+
+def _no_limit(message: str, hint: str) -> TrimaranError:
+    return TrimaranError(f"{message}.", exit_code=Exit.USAGE, code="usage", hint=hint)
 
 
 class PeerSettings(Struct, frozen=True, kw_only=True):

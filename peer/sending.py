@@ -1,7 +1,7 @@
 """Moving a piece's bytes from files or memory to a connection.
 
 Owned here: a send as a machine that goes on whenever what it waits for has come (room in the socket, pages from the
-disk, its turn under the upload limit), the least rate a reader must take, and ending a send that lost its right. Left to
+disk, its turn under the upload limits), the least rate a reader must take, and ending a send that lost its right. Left to
 others: who is sent what (`sender.py`), requests (`server.py`, `short_way.py`), open files (`content.py`), what differs
 between plain TCP and TLS (`outlets.py`).
 
@@ -25,10 +25,9 @@ from cluster.api.tokens import Claims
 from .content import Content, FileInUse, OpenFiles, SourceGoneError
 from .deadlines import Deadlines
 from .outlets import Outlet
-from .pacer import Pacer
-from .sender import too_slow
+from .sender import UploadQueue, too_slow
+from .upload_rates import UploadRates
 
-LIMITED_BYTES: Final = 64 << 10
 TURN_BYTES: Final = 4 << 20  # then the loop gets a turn
 BLOCKED_SECONDS_MAX: Final = 10.0
 READER_BYTES_PER_SECOND_MIN: Final = 4096.0
@@ -47,13 +46,14 @@ class Sending:
 
     __slots__ = (
         "_at", "_blocked_at", "_blocked_seconds", "_content", "_end", "_ended", "_file", "_file_index", "_handle",
-        "_head_bytes", "_memory", "_paid", "_present", "_reading", "_sender", "_span", "_spans", "_until", "_watched",
-        "claims", "head", "manifest_id", "outlet", "over", "sent_bytes",
+        "_head_bytes", "_held", "_let_go", "_memory", "_paid", "_present", "_reading", "_sender", "_span", "_spans",
+        "_until", "_watched", "claims", "head", "manifest_id", "outlet", "over", "sent_bytes", "ticket",
     )  # fmt: skip
 
     def __init__(
         self,
         sender: PieceSender,
+        ticket: int,
         outlet: Outlet,
         claims: Claims,
         manifest_id: str,
@@ -64,6 +64,7 @@ class Sending:
         ended: Callable[[Sending, Exception | None], None],
     ) -> None:
         """A response: its head, then the spans of a share, or `memory` in their stead (which must stay as it is)."""
+        self.ticket = ticket
         self.outlet = outlet
         self.claims = claims
         self.manifest_id = manifest_id
@@ -79,7 +80,9 @@ class Sending:
         self._file: FileInUse | None = None
         self._file_index = -1
         self._at = self._until = self._end = 0  # in the span: next byte, end of the stretch, end of the span
-        self._paid = 0  # bytes of the next stretch, granted by the pacer
+        self._let_go = 0  # bytes of the next stretch, granted by the downloader's own limit
+        self._held = False  # waits for that
+        self._paid = 0  # bytes of the next stretch, granted by all limits
         self._present = False  # the next stretch was read ahead
         self._ended = ended
         self._handle: asyncio.Handle | None = None
@@ -107,6 +110,9 @@ class Sending:
         sender, outlet = self._sender, self.outlet
         self._handle = None
         now = sender.loop.time()
+        if self._held:
+            self._held = False
+            sender.queue.went_on(self.ticket)
         try:
             if self._blocked_at is not None:
                 self._check_reader(now)
@@ -164,13 +170,10 @@ class Sending:
                 self._leave_file()
                 self._file = sender.files.hold(self._content, self._file_index)
         if not self._paid:
-            self._paid = min(self.outlet.stretch_bytes, self._end - self._at)
-            if sender.pacer.bytes_per_second:
-                self._paid = min(self._paid, LIMITED_BYTES)
-                seconds = sender.pacer.take(self._paid, sender.loop.time())
-                if seconds > 0:
-                    self._wait_for(sender.loop.call_later(seconds, self.go))
-                    return False
+            if not sender.rates.limited:
+                self._paid = min(self.outlet.stretch_bytes, self._end - self._at)
+            elif not self._pay():
+                return False
         if self._file is not None:
             self._content.check(self._file_index, self._file.descriptor)
             if not self._present and not sender.in_memory(self._file.descriptor, self._at, self._paid):
@@ -179,6 +182,25 @@ class Sending:
         self._until = self._at + self._paid
         self._paid, self._present = 0, False
         return True
+
+    def _pay(self) -> bool:
+        """Whether the limits let the next stretch go now. If not, it waits for one of them."""
+        sender = self._sender
+        rates, loop = sender.rates, sender.loop
+        now = loop.time()
+        if not self._let_go:
+            self._let_go = min(self.outlet.stretch_bytes, self._end - self._at, rates.stretch_bytes)
+            seconds = rates.take_own(self.claims.peer_id, self._let_go, now)
+            if seconds > 0:
+                self._wait_for(loop.call_later(seconds, self.go))
+                self._held = True
+                sender.held(self.ticket)
+                return False
+        self._paid, self._let_go = self._let_go, 0
+        seconds = rates.total.take(self._paid, now)
+        if seconds > 0:
+            self._wait_for(loop.call_later(seconds, self.go))
+        return not seconds
 
     # --- waiting ----------------------------------------------------------------------------------
 
@@ -255,16 +277,23 @@ class PieceSender:
     """What all sends of a peer share."""
 
     def __init__(
-        self, files: OpenFiles, executor: Executor, pacer: Pacer, moved: Callable[[int, float], None]
+        self,
+        files: OpenFiles,
+        executor: Executor,
+        rates: UploadRates,
+        queue: UploadQueue,
+        held: Callable[[int], None],
     ) -> None:
+        """`held` is told of a ticket whose send waits for its downloader's own limit; the queue, when it goes on."""
         self.files = files
         self.executor = executor
-        self.pacer = pacer
+        self.rates = rates
+        self.queue = queue
+        self.held = held
         self.loop = asyncio.get_running_loop()
         self.blocked: Deadlines[Sending] = Deadlines(
             lambda: BLOCKED_SECONDS_MAX, lambda sending: sending.cut("the reader takes too little")
         )
-        self._moved = moved
         self._turn_left = TURN_BYTES
         self._byte = bytearray(1)
         self._probes = hasattr(os, "RWF_NOWAIT")
@@ -286,7 +315,7 @@ class PieceSender:
         if self._turn_left == TURN_BYTES:
             self.loop.call_soon(self._new_turn)
         self._turn_left -= count
-        self._moved(count, now)
+        self.queue.moved(count, now)
 
     def _new_turn(self) -> None:
         self._turn_left = TURN_BYTES

@@ -32,12 +32,12 @@ from .content import OpenFiles, SourceGoneError
 from .deadlines import Deadlines
 from .door import Door
 from .manifest_sending import ManifestsBusyError, ManifestSender
-from .pacer import Pacer
 from .recent import RecentPieces
 from .sender import Busy, UploadQueue
 from .sending import CutError, Sending
 from .short_way import Asked, Connection, ShortWay
 from .swarm import Swarm, Swarms
+from .upload_rates import UploadRates
 from .uploads import Uploads
 
 BODY_BYTES_MAX: Final = 1 << 20
@@ -89,20 +89,19 @@ class PieceServer:
         manifest_file: Callable[[str], Path],
         withdraw: Callable[[Swarm, str], None],
         link: Callable[[web.BaseRequest, Swarm, Claims], Awaitable[web.StreamResponse]],
-        up: Pacer,
     ) -> None:
         self.queue = UploadQueue()
+        self.rates = UploadRates()
         self.uploads = Uploads(
-            seconds_left=access.seconds_left, files=files, recent=recent, executor=executor, withdraw=withdraw, up=up,
-            queue=self.queue,
+            seconds_left=access.seconds_left, files=files, recent=recent, executor=executor, withdraw=withdraw,
+            rates=self.rates, queue=self.queue, held=self._held,
         )  # fmt: skip
         self._peer_id = peer_id
         self._swarms = swarms
         self._access = access
         self._manifest_file = manifest_file
         self._link = link
-        self._up = up
-        self._manifests = ManifestSender(up, access.seconds_left)
+        self._manifests = ManifestSender(self.rates, access.seconds_left)
         self._loop = asyncio.get_running_loop()
         self._tickets = itertools.count(1)
         # Who waits for a slot, by ticket: what is called when it comes, and says whether it is still wanted.
@@ -294,7 +293,7 @@ class PieceServer:
         try:
             claims, swarm = self._admit(request, manifest_id)  # it may have waited
             _check_held(swarm, index)
-            return await self._send(request, claims, swarm, index, (start, length), status)
+            return await self._send(request, ticket, claims, swarm, index, (start, length), status)
         finally:
             self._free(ticket)
 
@@ -310,7 +309,7 @@ class PieceServer:
             if index is None:
                 return web.Response(status=204)
             length = swarm.manifest.layout.piece_length(index)
-            return await self._send(request, claims, swarm, index, (0, length), 200)
+            return await self._send(request, ticket, claims, swarm, index, (0, length), 200)
         finally:
             self._free(ticket)
 
@@ -323,7 +322,7 @@ class PieceServer:
     async def _slot(self, claims: Claims, connection: Connection) -> int:
         """A ticket that may send now. Raises 429."""
         if connection.waited:
-            raise _busy(Busy(self.queue.retry_after_seconds(), 0))
+            raise self._busy_for(claims.peer_id)
         ticket = next(self._tickets)
         said = self.queue.ask(claims.peer_id, ticket, self._loop.time())
         if isinstance(said, Busy):
@@ -344,7 +343,7 @@ class PieceServer:
                 await turn
         except TimeoutError:
             self._free(ticket)
-            raise _busy(Busy(self.queue.retry_after_seconds(), 0)) from None
+            raise self._busy_for(claims.peer_id) from None
         except asyncio.CancelledError:
             self._free(ticket)
             raise
@@ -352,8 +351,25 @@ class PieceServer:
             self._granted.pop(ticket, None)
         return ticket
 
+    def _busy_for(self, downloader: str) -> _Refusal:
+        """It has waited in vain."""
+        return _busy(Busy(self.queue.retry_after_seconds(downloader, self._loop.time()), 0))
+
+    def set_limits(self, total: float, each: float = 0.0, slots: int = 0) -> None:
+        """Bytes per second in all and to each downloader, and how many sends at once; 0: no limit, and as many as the
+        link needs."""
+        now = self._loop.time()
+        self.rates.set_rates(total, each, now)
+        self._grant(self.queue.set_slots(slots, total, now))
+
+    def _held(self, ticket: int) -> None:
+        self._grant(self.queue.held(ticket, self._loop.time()))
+
     def _free(self, ticket: int) -> None:
-        for granted in self.queue.finished(ticket, self._loop.time()):
+        self._grant(self.queue.finished(ticket, self._loop.time()))
+
+    def _grant(self, tickets: list[int]) -> None:
+        for granted in tickets:
             wanted = self._granted.pop(granted, None)
             if wanted is None or not wanted():
                 self._free(granted)
@@ -363,6 +379,7 @@ class PieceServer:
     async def _send(
         self,
         request: web.BaseRequest,
+        ticket: int,
         claims: Claims,
         swarm: Swarm,
         index: int,
@@ -380,7 +397,7 @@ class PieceServer:
                 done.set_result(error)
 
         try:
-            sending = self.uploads.begin(outlet, claims, swarm, index, part, head, ended)
+            sending = self.uploads.begin(ticket, outlet, claims, swarm, index, part, head, ended)
         except SourceGoneError as gone:
             raise _gone() from gone
         try:
@@ -485,7 +502,7 @@ class PieceServer:
 
         try:
             asked.sending = self.uploads.begin(
-                connection.outlet, claims, swarm, index, (0, length), head, ended
+                asked.ticket, connection.outlet, claims, swarm, index, (0, length), head, ended
             )
         except SourceGoneError:
             self._refuse(asked)

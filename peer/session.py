@@ -287,6 +287,7 @@ class LocalSession:
     async def limits(self, change: Limits | None) -> Limits:
         kept = await asyncio.to_thread(self._records.limits)
         if change is not None:
+            change.check()
             await asyncio.to_thread(self._records.put_limits, change)
             if self._engine is not None:
                 self._engine.set_limits(change)

@@ -17,14 +17,15 @@ from cluster.api.tokens import Claims
 
 from .content import OpenFiles, SourceGoneError
 from .outlets import Outlet
-from .pacer import Pacer
 from .recent import RecentPiece, RecentPieces
 from .sender import UploadQueue
 from .sending import PieceSender, Sending
 from .swarm import Swarm
+from .upload_rates import UploadRates
 
 LOOKED_AT_FIRST_MAX: Final = 4  # files
 RATE_UNKNOWN: Final = 1e6
+MEMORY_SECONDS_MAX: Final = 1.0  # no memory is kept for a send that its own limit makes longer
 
 Ended = Callable[[Sending, Exception | None], None]
 
@@ -40,16 +41,18 @@ class Uploads:
         recent: RecentPieces,
         executor: Executor,
         withdraw: Callable[[Swarm, str], None],
-        up: Pacer,
+        rates: UploadRates,
         queue: UploadQueue,
+        held: Callable[[int], None],
     ) -> None:
+        """`held` is told of a ticket whose send waits for its downloader's own limit."""
         self._seconds_left = seconds_left
         self._recent = recent
         self._withdraw = withdraw
-        self._up = up
+        self._rates = rates
         self._queue = queue
         self._loop = asyncio.get_running_loop()
-        self.sender = PieceSender(files, executor, up, queue.moved)
+        self.sender = PieceSender(files, executor, rates, queue, held)
         self._sendings: set[Sending] = set()
         self._ending_at = math.inf  # the first token's end that is waited for
         self._ending: asyncio.TimerHandle | None = None
@@ -59,6 +62,7 @@ class Uploads:
 
     def begin(
         self,
+        ticket: int,
         outlet: Outlet,
         claims: Claims,
         swarm: Swarm,
@@ -67,7 +71,8 @@ class Uploads:
         head: bytes,
         ended: Ended,
     ) -> Sending:
-        """Send `part` (start, bytes) of a piece after `head`. Calls `ended` once, perhaps before it returns.
+        """Send `part` (start, bytes) of a piece after `head`, in the slot of `ticket`. Calls `ended` once, perhaps
+        before it returns.
 
         A source that is found changed before anything was promised is told by SourceGoneError, raised or given to
         `ended` with nothing `begun`: then the answer can still be 410. Of a piece of many files, the first few are
@@ -76,14 +81,17 @@ class Uploads:
         start, length = part
         layout = swarm.manifest.layout
         spans = layout.spans_of(index * layout.piece_bytes + start, length)
-        piece = self._recent.take(swarm.manifest_id, index, now)
+        limit, own = self._rates.bytes_per_second, self._rates.each_bytes_per_second
+        piece = None
+        if not own or length <= own * MEMORY_SECONDS_MAX:
+            piece = self._recent.take(swarm.manifest_id, index, now)
         if piece is None and len(spans) > 1:
             try:
                 self.sender.look(swarm.content, spans[:LOOKED_AT_FIRST_MAX])
             except SourceGoneError as gone:
                 self._withdraw(swarm, str(gone))
                 raise
-        rate = self._up.bytes_per_second or self._queue.bytes_per_second(now) or RATE_UNKNOWN
+        rate = limit or self._queue.bytes_per_second(now) or RATE_UNKNOWN
         swarm.choice.started(claims.peer_id, index, now, length / rate)
 
         def over(sending: Sending, error: Exception | None) -> None:
@@ -92,7 +100,7 @@ class Uploads:
 
         memory = None if piece is None else piece.data[start : start + length]
         sending = Sending(
-            self.sender, outlet, claims, swarm.manifest_id, head, swarm.content, spans, memory, over
+            self.sender, ticket, outlet, claims, swarm.manifest_id, head, swarm.content, spans, memory, over
         )
         self.sender.start(sending)
         if not sending.over:

@@ -166,10 +166,15 @@ def rate(text: str) -> int:
     """`20M` as bytes per second: K, M and G are 1024, 1024² and 1024³, as in aria2c; 0 is unlimited.
 
     Raises `TrimaranError`."""
+    from peer.reports import RATE_MAX
+
     match = _RATE.fullmatch(text.strip())
     if match is None:
         usage(f"“{text}” is no rate.", "Rates are bytes per second, like 500K, 20M or 1.5G; 0 is unlimited.")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
+    value = float(match[1]) * _UNITS[match[2].lower()]
+    if value > RATE_MAX:
+        usage(f"“{text}” is more than any rate.", "At most 1024G; 0 is unlimited.")
+    return int(value)
 
 
 def group_and_name(text: str) -> tuple[str, str]:

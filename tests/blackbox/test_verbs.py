@@ -257,7 +257,25 @@ def test_a_peer_pauses_resumes_cancels_and_limits(person: MakePerson, tmp_path: 
     assert ben.ok("peer", "limits", "--down", "2M", "--up", "0") == {
         "up_bytes_per_second": 0,
         "down_bytes_per_second": 2 << 20,
+        "up_each_bytes_per_second": 0,
+        "up_slots": 0,
     }
+    assert ben.ok("peer", "limits", "--up-each", "1.5M", "--slots", "3") == {
+        "up_bytes_per_second": 0,
+        "down_bytes_per_second": 2 << 20,
+        "up_each_bytes_per_second": 3 << 19,
+        "up_slots": 3,
+    }
+    for absurd in (
+        ("--up-each", "1K"),
+        ("--up-each", "-1M"),
+        ("--slots", "65"),
+        ("--slots", "-1"),
+        ("--slots", "x"),
+    ):
+        ben.refused(2, "peer", "limits", *absurd)
+    ben.refused(2, "peer", "limits", "--up", "9" * 400)
+    assert ben.ok("peer", "limits", "--up-each", "0", "--slots", "0")["up_each_bytes_per_second"] == 0
     assert ben.ok("peer", "limits")["down_bytes_per_second"] == 2 << 20
     getting = subprocess.Popen(
         [COMMAND, "get", "transfers/big", "-o", str(tmp_path / "out"), "--json"],

@@ -30,7 +30,6 @@ from peer.buffers import BufferPool
 from peer.content import Content, OpenFiles
 from peer.hashing import Hashing, scan
 from peer.manifest_sending import PER_PEER_MAX
-from peer.pacer import Pacer
 from peer.recent import RecentPieces
 from peer.server import NextBody, PieceServer
 from peer.swarm import Swarm, Swarms
@@ -173,7 +172,6 @@ async def here(tmp_path: Path) -> AsyncIterator[Here]:
         peer_id=parties["ada"].peer_id, swarms=swarms, access=access, files=files, executor=executor,
         recent=RecentPieces(BufferPool(1 << 20)),
         manifest_file=lambda manifest_id: tmp_path / manifest_id, withdraw=lambda swarm, reason: None, link=link,
-        up=Pacer(),
     )  # fmt: skip
     ada = parties["ada"]
     tls = certificates.peer_server_context(ca, ada.certificate_file, ada.key_file)
@@ -325,7 +323,7 @@ async def test_a_right_ends_in_the_middle_of_a_connection(here: Here) -> None:
 
 async def test_not_a_byte_is_sent_after_a_token_ends(here: Here) -> None:
     """A transfer that runs when its token ends is cut then, not at the next look."""
-    here.server._up.set_rate(64 * 1024, asyncio.get_running_loop().time())
+    here.server.set_limits(64 * 1024)
     ends = (now_ms() // 1000 + 2) * 1000
     token = here.token("ben", expires_at_ms=ends)
     path = requests(here.manifest_id)["/v1/swarms/{manifest_id}/pieces/{index}"].path
@@ -346,7 +344,7 @@ async def test_not_a_byte_is_sent_after_a_token_ends(here: Here) -> None:
 
 async def test_past_its_queue_a_peer_says_busy_and_when_to_come_back(here: Here) -> None:
     """A member that asks for more than its share at once is told 429, honestly, and keeps what it was granted."""
-    here.server._up.set_rate(256 * 1024, asyncio.get_running_loop().time())
+    here.server.set_limits(256 * 1024)
     tls, token = here.parties["ben"].tls, here.token("ben")
     asked = requests(here.manifest_id)["/v1/swarms/{manifest_id}/pieces/{index}"]
     asking = {asyncio.create_task(here.ask(asked, tls, token)) for _ in range(56)}
@@ -425,7 +423,7 @@ async def asking_for_the_manifest(
 
 async def test_a_manifest_ends_with_the_right_to_it(here: Here, tmp_path: Path) -> None:
     """A large one that is on its way when its reader is removed goes no further."""
-    here.server._up.set_rate(1 << 20, asyncio.get_running_loop().time())
+    here.server.set_limits(1 << 20)
     (tmp_path / here.manifest_id).write_bytes(bytes(32 << 20))
     reader, writer, status = await asking_for_the_manifest(here, "ben")
     try:
@@ -444,7 +442,7 @@ async def test_a_manifest_ends_with_the_right_to_it(here: Here, tmp_path: Path) 
 
 async def test_manifests_are_sent_to_each_a_few_at_a_time(here: Here, tmp_path: Path) -> None:
     """They need no slot, and are no way to fill this peer's memory and link."""
-    here.server._up.set_rate(1 << 20, asyncio.get_running_loop().time())
+    here.server.set_limits(1 << 20)
     (tmp_path / here.manifest_id).write_bytes(bytes(32 << 20))
     writers = []
     try:

@@ -131,6 +131,17 @@ def test_downloaders_take_turns() -> None:
     assert order.index(7) <= 1
 
 
+def test_the_next_slot_is_of_who_is_sent_least() -> None:
+    queue = UploadQueue(sends_max=4, sends_max_unfilled=4)
+    assert [queue.ask("greedy", ticket, 0.0) for ticket in range(8)] == [True] * 4 + [False] * 4
+    assert [queue.ask("modest", ticket, 0.0) for ticket in (10, 11, 12)] == [False] * 3
+    assert [queue.finished(ticket, 1.0) for ticket in range(2)] == [[10], [11]]
+    assert queue.ask("newcomer", 20, 1.0) is False
+    assert queue.finished(10, 2.0) == [20], "it waits longest of those who are sent least"
+    assert queue.finished(2, 2.0) == [4], "all three are sent one, and it waits longest"
+    assert queue.finished(20, 3.0) == [12]
+
+
 def test_past_the_bounds_it_is_busy_and_says_when() -> None:
     queue = UploadQueue(sends_max=1, sends_max_unfilled=1, queue_max=3, queue_per_downloader_max=2)
     assert queue.ask("a", 1, 0.0) is True

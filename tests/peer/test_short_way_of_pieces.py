@@ -25,7 +25,6 @@ from peer.bitmap import full_mask, to_wire
 from peer.buffers import BufferPool
 from peer.content import Content, OpenFiles
 from peer.hashing import Hashing, scan
-from peer.pacer import Pacer
 from peer.recent import RecentPieces
 from peer.server import NextBody, PieceServer
 from peer.short_way import Connection, ShortWay
@@ -140,7 +139,7 @@ async def seeder(tmp_path: Path) -> AsyncIterator[Seeder]:
 
     piece_server = PieceServer(
         peer_id="s" * 52, swarms=swarms, access=access, files=files, executor=executor, recent=recent,
-        manifest_file=lambda _: tmp_path / "manifest", withdraw=withdraw, link=link, up=Pacer(),
+        manifest_file=lambda _: tmp_path / "manifest", withdraw=withdraw, link=link,
     )  # fmt: skip
     (tmp_path / "manifest").write_bytes(manifest.encode())
     _, port = await piece_server.start("127.0.0.1", 0, None)
@@ -433,7 +432,7 @@ async def test_a_right_withdrawn_in_the_middle_ends_the_send(
 
 
 async def test_not_a_byte_is_sent_after_a_token_ends(seeder: Seeder) -> None:
-    seeder.server._up.set_rate(96 * 1024, asyncio.get_running_loop().time())
+    seeder.server.set_limits(96 * 1024)
     ends = (now_ms() // 1000 + 3) * 1000
     lasting, ending = await Line.open(seeder), await Line.open(seeder)
     lasting.feed(seeder.piece(1))
@@ -442,7 +441,7 @@ async def test_not_a_byte_is_sent_after_a_token_ends(seeder: Seeder) -> None:
     assert 0 < await ending.ended() < PIECE
     assert ends - 250 < now_ms() < ends + 250
     assert seeder.server.sendings == 1
-    seeder.server._up.set_rate(0, asyncio.get_running_loop().time())
+    seeder.server.set_limits(0)
     assert (await lasting.answer())[2] == seeder.data(1)
 
 
@@ -494,7 +493,7 @@ async def test_a_changed_source_is_told_before_a_byte_is_promised(seeder: Seeder
 
 @pytest.mark.parametrize("more", ["", LONG])
 async def test_a_source_that_changes_in_the_middle_ends_the_connection(seeder: Seeder, more: str) -> None:
-    seeder.server._up.set_rate(256 * 1024, asyncio.get_running_loop().time())
+    seeder.server.set_limits(256 * 1024)
     line = await Line.open(seeder)
     line.feed(seeder.piece(1, more))
     async with asyncio.timeout(10):
@@ -656,7 +655,7 @@ async def test_a_connection_that_asks_for_nothing_any_more_is_closed(
 ) -> None:
     monkeypatch.setattr(server, "KEPT_SECONDS", 0.3)
     monkeypatch.setattr(server, "SWEEP_SECONDS", 0.05)
-    seeder.server._up.set_rate(256 * 1024, asyncio.get_running_loop().time())
+    seeder.server.set_limits(256 * 1024)
     busy = await Line.open(seeder)
     busy.feed(seeder.piece(1))
     for request in (seeder.piece(LAST), HELLO, seeder.piece(LAST)[:50]):

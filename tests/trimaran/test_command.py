@@ -80,6 +80,13 @@ def test_the_version(tmp_path: Path) -> None:
         ("tracker", "init", "--data-dir", "/proc/nowhere", "--node-id", "N 1"),
         ("tracker", "local", "--data-dir", "/tmp/never-made", "--nodes", "0"),
         ("cluster", "watch", "--interval-seconds", "0", "--trackers", "a:1"),
+        ("peer", "limits", "--up", "-5M", "--trackers", "a:1"),
+        ("peer", "limits", "--up", "9" * 400, "--trackers", "a:1"),
+        ("peer", "limits", "--up-each", "5 apples", "--trackers", "a:1"),
+        ("peer", "limits", "--up-each", "1K", "--trackers", "a:1"),
+        ("peer", "limits", "--slots", "65", "--trackers", "a:1"),
+        ("peer", "limits", "--slots", "-1", "--trackers", "a:1"),
+        ("peer", "limits", "--slots", "few", "--trackers", "a:1"),
     ],
 )
 def test_usage_errors_are_2_and_name_what_is_wrong(

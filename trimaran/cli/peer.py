@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from peer.reports import Exit, Limits, TrimaranError
-from trimaran.output import Output, rated
+from trimaran.output import Output, counted, rated
 from trimaran.settings import DEFAULTS, Common, peer_settings, rate
 from trimaran.wiring import peer_session, until_cancelled
 
@@ -57,21 +57,33 @@ async def limits(
     up: Annotated[
         str, Parameter(metavar="RATE", help="Send at most this much per second; 0 is unlimited.")
     ] = "",
+    up_each: Annotated[
+        str, Parameter(metavar="RATE", help="Send at most this much per second to each downloader.")
+    ] = "",
+    slots: Annotated[
+        int | None,
+        Parameter(metavar="N", help="Send at most so many pieces at once; 0 is as many as the link needs."),
+    ] = None,
     down: Annotated[str, Parameter(metavar="RATE", help="Receive at most this much per second.")] = "",
     common: Common = DEFAULTS,
 ) -> None:
     """Show or change this peer's limits. They are kept, and hold at once for a running peer."""
     async with peer_session(common) as session:
         now = await session.limits(None)
-        if up or down:
+        if up or up_each or down or slots is not None:
             now = await session.limits(
                 Limits(
                     up_bytes_per_second=rate(up) if up else now.up_bytes_per_second,
+                    up_each_bytes_per_second=rate(up_each) if up_each else now.up_each_bytes_per_second,
+                    up_slots=now.up_slots if slots is None else slots,
                     down_bytes_per_second=rate(down) if down else now.down_bytes_per_second,
                 )
             )
     Output.of(common).answer(
-        now, f"up {_limit(now.up_bytes_per_second)}, down {_limit(now.down_bytes_per_second)}"
+        now,
+        f"up {_limit(now.up_bytes_per_second)}, to each downloader {_limit(now.up_each_bytes_per_second)}, "
+        f"{counted(now.up_slots, 'slot') if now.up_slots else 'as many slots as the link needs'}; "
+        f"down {_limit(now.down_bytes_per_second)}",
     )
 
 

@@ -96,8 +96,10 @@ def _cancel(asker: asking.Asker) -> list[str]:
 
 def _limits(asker: asking.Asker) -> list[str]:
     up = asker.text("Send at most, per second (like 2M; 0 is unlimited; empty leaves it as it is)", "")
+    each = asker.text("Send to each downloader at most, per second", "")
     down = asker.text("Receive at most, per second", "")
-    return ["peer", "limits", *(["--up", up] if up else []), *(["--down", down] if down else [])]
+    said = {"--up": up, "--up-each": each, "--down": down}
+    return ["peer", "limits", *(word for option, rate in said.items() if rate for word in (option, rate))]
 
 
 def _leave(asker: asking.Asker) -> list[str]:
