@@ -131,13 +131,10 @@ class Engine:
         """Listen, share what was shared before, and (`resume`) go on with what was unfinished. Raises
         TrimaranError."""
         kept = await asyncio.to_thread(self.records.limits) or Limits()
-        self.set_limits(
-            structs.replace(
-                kept,
-                up_bytes_per_second=self.settings.up_bytes_per_second or kept.up_bytes_per_second,
-                down_bytes_per_second=self.settings.down_bytes_per_second or kept.down_bytes_per_second,
-            )
-        )
+        said = {each: getattr(self.settings, each) for each in kept.__struct_fields__}
+        limits = structs.replace(kept, **{each: value for each, value in said.items() if value})
+        limits.check()
+        self.set_limits(limits)
         if not self.identity.certified:
             await self._certify_first()
         else:

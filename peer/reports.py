@@ -177,6 +177,8 @@ class PeerSettings(Struct, frozen=True, kw_only=True):
     listen: str = "0.0.0.0:0"
     advertise: tuple[str, ...] = ()  # whole URLs; empty: derived from the interfaces
     up_bytes_per_second: int = 0
+    up_each_bytes_per_second: int = 0
+    up_slots: int = 0
     down_bytes_per_second: int = 0
     memory_bytes: int = 128 << 20
     algorithm: Literal["sha256", "blake3"] = "sha256"

@@ -65,8 +65,10 @@ FILE_KEYS = frozenset(
         "raft_listen",
         "replace",
         "seed",
+        "slots",
         "trackers",
         "up",
+        "up_each",
         "valid_seconds",
     )
 )
@@ -216,6 +218,8 @@ def peer_settings(
     listen: str = "",
     advertise: str = "",
     up: str = "",
+    up_each: str = "",
+    slots: int = 0,
     down: str = "",
     algorithm: str = "",
 ) -> PeerSettings:
@@ -244,6 +248,8 @@ def peer_settings(
         known["advertise"] = urls(advertise, insecure=common.insecure)
     if up:
         known["up_bytes_per_second"] = rate(up)
+    if up_each:
+        known["up_each_bytes_per_second"] = rate(up_each)
     if down:
         known["down_bytes_per_second"] = rate(down)
     return PeerSettings(
@@ -251,6 +257,7 @@ def peer_settings(
         trackers=trackers,
         ca=common.ca_file,
         insecure=common.insecure,
+        up_slots=slots,
         **known,
     )
 

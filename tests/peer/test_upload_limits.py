@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from conftest import Peers, get, share, until
+from msgspec import structs
 from test_peer_routes import Here, here
 from test_short_way_of_pieces import LONG, PIECE, Line, Seeder, seeder
 
@@ -282,10 +283,22 @@ async def test_limits_are_kept_and_hold_at_the_next_start(peers: Peers) -> None:
     assert await ada.limits(None) == said
     assert (rates.total.bytes_per_second, rates.each_bytes_per_second) == (3 << 20, 1 << 20)
     assert engine.server.queue.declared(0.0).slots == 3
+    await peers.close(ada)
+    ada = await peers.open("ada", up_each_bytes_per_second=4 << 20, up_slots=5)
+    engine = await ada._running()
+    rates = engine.server.rates
+    assert await ada.limits(None) == structs.replace(said, up_each_bytes_per_second=4 << 20, up_slots=5)
     changed = Limits(up_each_bytes_per_second=2 << 20)
     assert await ada.limits(changed) == changed
     assert (rates.total.bytes_per_second, rates.each_bytes_per_second) == (0, 2 << 20)
     assert engine.server.queue.declared(0.0).slots != 3
+
+
+async def test_settings_that_make_no_sense_start_no_peer(peers: Peers) -> None:
+    ada = await peers.open("ada", up_slots=UP_SLOTS_MAX + 1)
+    with pytest.raises(TrimaranError) as refused:
+        await ada._running()
+    assert refused.value.exit_code is Exit.USAGE
 
 
 async def test_limits_of_an_earlier_version_are_read(peers: Peers) -> None:

@@ -23,6 +23,8 @@ async def run(
         str, Parameter(metavar="URL,URL", help="As which addresses it is told to others.")
     ] = "",
     up: Annotated[str, Parameter(metavar="RATE", help="Send at most this much per second (20M).")] = "",
+    up_each: Annotated[str, Parameter(metavar="RATE", help="The same for each downloader.")] = "",
+    slots: Annotated[int, Parameter(metavar="N", help="Send at most so many pieces at once.")] = 0,
     down: Annotated[str, Parameter(metavar="RATE", help="Receive at most this much per second.")] = "",
     common: Common = DEFAULTS,
 ) -> None:
@@ -31,7 +33,9 @@ async def run(
     One line is printed when it is ready.
     """
     out = Output.of(common)
-    settings = peer_settings(common, listen=listen, advertise=advertise, up=up, down=down)
+    settings = peer_settings(
+        common, listen=listen, advertise=advertise, up=up, up_each=up_each, slots=slots, down=down
+    )
     async with peer_session(common, settings) as session:
         if session.remote:
             raise TrimaranError(
