@@ -191,10 +191,14 @@ def identity_of(certificate: x509.Certificate, prefix: str) -> str | None:
 
 
 def certificate_of(connection: SSLInfo | None) -> x509.Certificate | None:
-    """The other side's verified certificate of a TLS connection (`get_extra_info("ssl_object")`)."""
+    """The other side's verified certificate of a TLS connection (`get_extra_info("ssl_object")`); None, too, where the
+    connection has broken."""
     if connection is None:
         return None
-    der = connection.getpeercert(True)
+    try:
+        der = connection.getpeercert(True)
+    except ValueError:  # what came after the handshake was not TLS: OpenSSL takes the handshake back
+        return None
     return x509.load_der_x509_certificate(der) if isinstance(der, bytes) and der else None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ssl
 import stat
 from datetime import timedelta
@@ -164,6 +165,27 @@ async def test_an_issuer_cannot_lend_a_peers_name(files: Files) -> None:
         certs.peer_server_context(files.ca, *mine), certs.peer_client_context(files.ca, *pair)
     )
     assert certs.peer_id_of(seen) is None
+
+
+def test_a_connection_that_was_garbled_after_its_handshake_is_nobodys(files: Files) -> None:
+    one, one_files = files.peer()
+    two, two_files = files.peer()
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    server = certs.peer_server_context(files.ca, *one_files).wrap_bio(to_server, to_client, server_side=True)
+    client = certs.peer_client_context(files.ca, *two_files).wrap_bio(
+        to_client, to_server, server_hostname="localhost"
+    )
+    unfinished = [client, server]
+    while unfinished:
+        for side in list(unfinished):
+            with contextlib.suppress(ssl.SSLWantReadError):
+                side.do_handshake()
+                unfinished.remove(side)
+    assert (certs.peer_id_of(server), certs.peer_id_of(client)) == (two, one)
+    to_server.write(b"these are no records of TLS")
+    with pytest.raises(ssl.SSLError):
+        server.read()
+    assert certs.peer_id_of(server) is None
 
 
 async def test_peers_know_each_other(files: Files, tmp_path: Path) -> None:
