@@ -221,6 +221,10 @@ class UploadQueue:
         self._waiter_of[ticket] = downloader
         return False
 
+    def sends_beside(self, downloader: str) -> int:
+        """How many sends a downloader has under way, and 1 while nobody else has any."""
+        return self._sending_to.get(downloader, 1) if len(self._sending_to) > 1 else 1
+
     def moved(self, count: int, now: float) -> None:
         """Bytes went out, for `declared`."""
         self._rate.add(count, now)

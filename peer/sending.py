@@ -189,8 +189,10 @@ class Sending:
         rates, loop = sender.rates, sender.loop
         now = loop.time()
         if not self._let_go:
-            self._let_go = min(self.outlet.stretch_bytes, self._end - self._at, rates.stretch_bytes)
-            seconds = rates.take_own(self.claims.peer_id, self._let_go, now)
+            downloader = self.claims.peer_id
+            stretch = rates.stretch_of(sender.queue.sends_beside(downloader))
+            self._let_go = min(self.outlet.stretch_bytes, self._end - self._at, stretch)
+            seconds = rates.take_own(downloader, self._let_go, now)
             if seconds > 0:
                 self._wait_for(loop.call_later(seconds, self.go))
                 self._held = True

@@ -15,6 +15,7 @@ from .pacer import Pacer
 
 STRETCH_BYTES_MAX: Final = 64 << 10
 STRETCH_BYTES_MIN: Final = 1 << 10
+SHARED_BYTES_MIN: Final = 16 << 10  # less would cost more time than the bytes
 STRETCH_SECONDS: Final = 0.1  # of the rate: a reader must not take a slow sender for a silent one
 KEPT_MIN: Final = 64  # downloaders
 
@@ -54,6 +55,12 @@ class UploadRates:
             self._own.clear()
         self.limited = bool(total or each)
         self.stretch_bytes = _stretch_bytes(total, each)
+
+    def stretch_of(self, sends: int) -> int:
+        """How much one of a downloader's sends takes at a time. Sends take in turns: so all that it is sent at once gets
+        as much of the total as the one send of another."""
+        stretch = self.stretch_bytes
+        return max(stretch // sends, min(stretch, SHARED_BYTES_MIN))
 
     def take_own(self, downloader: str, count: int, now: float) -> float:
         """Take `count` bytes of what the downloader may have; the seconds to wait before they may be taken of the

@@ -76,6 +76,41 @@ def test_a_slow_limit_is_sent_in_small_stretches() -> None:
     assert UploadRates(total=1000, each=100_000).bytes_per_second == 1000
 
 
+@pytest.mark.parametrize(("sends", "others"), [(1, 1), (3, 1), (4, 2), (2, 3)])
+def test_a_total_is_divided_among_downloaders_whatever_the_number_of_their_sends(
+    sends: int, others: int
+) -> None:
+    rates = UploadRates(total=4 << 20)
+    queue = UploadQueue(sends_max=8)
+    who = ["a"] * sends + ["b"] * others
+    for ticket, downloader in enumerate(who):
+        assert queue.ask(downloader, ticket, 0.0) is True
+    free_at = dict.fromkeys(range(len(who)), 0.0)
+    moved = {"a": 0, "b": 0}
+    while min(free_at.values()) < 10:
+        ticket = min(free_at, key=lambda each: free_at[each])
+        now, downloader = free_at[ticket], who[ticket]
+        count = rates.stretch_of(queue.sends_beside(downloader))
+        free_at[ticket] = now + rates.total.take(count, now) + 1e-9 * ticket
+        moved[downloader] += count
+    assert 0.97 <= sum(moved.values()) / (40 << 20) <= 1.03
+    assert 0.48 <= moved["a"] / sum(moved.values()) <= 0.52
+
+
+def test_a_stretch_is_shared_by_the_sends_of_one_downloader_beside_others() -> None:
+    rates, queue = UploadRates(total=20 << 20), UploadQueue()
+    for ticket in range(4):
+        queue.ask("a", ticket, 0.0)
+    assert queue.sends_beside("a") == 1, "alone"
+    queue.finished(0, 0.0)
+    queue.ask("b", 9, 0.0)
+    assert (queue.sends_beside("a"), queue.sends_beside("b"), queue.sends_beside("c")) == (3, 1, 1)
+    assert rates.stretch_of(4) == 16 << 10
+    assert rates.stretch_of(16) == 16 << 10, "less would cost too many calls"
+    rates.set_rates(50_000, 0, 0.0)
+    assert rates.stretch_of(16) == rates.stretch_bytes == 5000
+
+
 # ---- slots -----------------------------------------------------------------------------------------------------
 
 
@@ -145,6 +180,12 @@ def test_held_sends_against_a_naive_model(steps: list[tuple[int, int]], slots: i
     held: set[int] = set()
     waiting: list[tuple[str, int]] = []
 
+    def room() -> bool:
+        return len(sending) < most and len(sending) - len(held) < slots
+
+    def of_held() -> set[str]:
+        return {sending[each] for each in held}
+
     def granted(tickets: list[int]) -> None:
         for ticket in tickets:
             (found,) = [each for each in waiting if each[1] == ticket]
@@ -155,10 +196,10 @@ def test_held_sends_against_a_naive_model(steps: list[tuple[int, int]], slots: i
         now = ticket / 10
         if what == 0:
             name = f"d{who}"
+            expected = room() and name not in of_held() and all(other != name for other, _ in waiting)
             waiting.append((name, ticket))
-            answer = queue.ask(name, ticket, now)
-            assert not isinstance(answer, Busy)
-            if answer:
+            assert queue.ask(name, ticket, now) is expected
+            if expected:
                 granted([ticket])
         elif sending:
             chosen = list(sending)[who % len(sending)]
@@ -168,16 +209,16 @@ def test_held_sends_against_a_naive_model(steps: list[tuple[int, int]], slots: i
             elif what == 2:
                 held.discard(chosen)
                 queue.went_on(chosen)
-                continue  # it goes on beside those that got its slot: nobody is granted, nor stopped
+                # It goes on beside those that got its slot: nobody is granted, nor stopped.
             else:
                 held.discard(chosen)
                 del sending[chosen]
                 granted(queue.finished(chosen, now))
-        of_held = {sending[each] for each in held}
-        room = len(sending) < most and len(sending) - len(held) < slots
+            if (
+                what != 2
+            ):  # whoever still waits does so because there is no room, or because its own limit holds it
+                assert not room() or all(name in of_held() for name, _ in waiting)
         assert len(sending) <= most
-        # Whoever waits does so because there is no room, or because its own limit holds it.
-        assert not room or all(name in of_held for name, _ in waiting)
         declared = queue.declared(now)
         assert (declared.sending, declared.queued) == (len(sending), len(waiting))
         assert declared.slots == min(most, slots + len(held))
