@@ -37,6 +37,7 @@ ANNOUNCED_AGAIN_SECONDS = 12.0
 SMALL_DISK_BYTES = 256 << 20
 LIES = "peer sends wrong bytes"
 FAR_TO_GO = 0.6
+STILL_SECONDS = 60.0  # of a download that tells nothing: its peer is asked what it waits for
 PROGRESS_EVERY_NS = 1_000_000_000
 
 
@@ -337,7 +338,12 @@ class Swarm:
             if not transfer.progress or now > transfer.progress[-1][0] + PROGRESS_EVERY_NS:
                 transfer.progress.append((now, progress.done_bytes))
 
+        def still() -> None:
+            if not transfer.progress and peer.alive and peer.process is not None:
+                peer.process.send_signal(signal.SIGUSR2)
+
         socket = peer.home / "control.sock"
+        witness = asyncio.get_running_loop().call_later(STILL_SECONDS, still)
         try:
             async with asyncio.timeout(seconds):
                 await control.call(socket, "get", given, GetReport, follow)
@@ -345,6 +351,8 @@ class Swarm:
             raise CliError(str(error), int(error.exit_code)) from None
         except (OSError, TimeoutError) as error:
             raise CliError(f"{peer.name}: {error!r}", -1) from None
+        finally:
+            witness.cancel()
 
     async def observe(self, api: Api, nodes: list[str], stop: asyncio.Event) -> None:
         """Read the swarms, linearizably, again and again."""

@@ -47,6 +47,7 @@ class Asking:
     """One request under way. Its end is told once, unless it is cancelled before."""
 
     __slots__ = (
+        "_cancelled",
         "_connecting",
         "_ended",
         "_fetcher",
@@ -79,9 +80,11 @@ class Asking:
         self._line: Line | None = None
         self._fresh = False
         self._connecting: asyncio.Task[None] | None = None
+        self._cancelled = False
 
     def cancel(self) -> None:
         """It is wanted no more, and nothing lands any more."""
+        self._cancelled = True
         if self._connecting is not None:
             self._connecting.cancel()
         if (line := self._line) is not None:
@@ -103,6 +106,11 @@ class Asking:
             self._connecting = None
             self._ended(fault)
             return
+        except BaseException as error:  # whatever it is, nobody may be left waiting
+            self._connecting = None
+            if not self._cancelled:
+                self._ended(FetchFault("unreachable", f"no connection ({type(error).__name__})"))
+            raise
         self._connecting = None
         self._put_on(line, fresh=True)
 
@@ -242,6 +250,9 @@ class Fetcher:
             except (OSError, ValueError, TimeoutError, ssl.SSLError) as error:
                 trouble = f"{address}: {str(error) or type(error).__name__}"
                 continue
+            if not line.open:
+                trouble = f"{address}: the connection was closed at once"
+                continue
             if not self._proves(line, endpoint.peer_id):
                 line.abort()
                 trouble = f"{address}: another peer answers there"
@@ -280,7 +291,8 @@ class Fetcher:
             now = loop.time()
             for line in list(self._busy):
                 if line.overdue:
-                    line.fail(FetchFault("stalled", "the peer sends nothing"))
+                    # Not from within: what its owner makes of it must not keep us from watching the others.
+                    loop.call_soon(_give_up, line)
                 elif now - line.progress_at >= SWEEP_SECONDS:
                     line.look()
             for lines in self._idle.values():
@@ -292,3 +304,8 @@ class Fetcher:
                 for peer_id, lines in self._idle.items()
                 if (kept := [each for each in lines if each[1].open])
             }
+
+
+def _give_up(line: Line) -> None:
+    if line.overdue:  # still
+        line.fail(FetchFault("stalled", "the peer sends nothing"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -12,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from peer import line
 from peer.fetch import SWEEP_SECONDS, Endpoint, Fetcher
-from peer.line import FetchFault, Head, Reply, parse_head
+from peer.line import FetchFault, Head, Line, Reply, parse_head
 
 PIECE = 256 * 1024
 REQUEST = b"GET / HTTP/1.1\r\nHost: p\r\n\r\n"
@@ -132,3 +134,63 @@ async def test_an_answer_is_told_once_and_the_connection_is_used_again() -> None
         fetcher.begin(endpoint, REQUEST, into(buffer), ended)
         await over.wait()
     assert [type(end) for end in ends] == [Reply] * 3
+
+
+async def test_a_request_ends_however_connecting_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    fetcher = Fetcher()
+    for error in (RuntimeError("unforeseen"), asyncio.CancelledError()):
+
+        async def dial(self: Fetcher, address: str, error: BaseException = error) -> Line:
+            raise error
+
+        monkeypatch.setattr(Fetcher, "_dial", dial)
+        with pytest.raises(FetchFault) as told:
+            async with asyncio.timeout(5):
+                await fetcher.ask(Endpoint("p", ("http://127.0.0.1:1",)), REQUEST, into(bytearray(1)))
+        assert told.value.kind == "unreachable"
+    await fetcher.close()
+
+
+async def test_a_request_that_is_cancelled_while_it_connects_is_told_nothing() -> None:
+    server = socket.create_server(("127.0.0.1", 0))
+    told: list[object] = []
+    fetcher = Fetcher(tls=ssl.create_default_context)  # whose handshake nobody answers
+    asking = fetcher.begin(
+        Endpoint("p", (f"https://127.0.0.1:{server.getsockname()[1]}",)),
+        REQUEST,
+        into(bytearray(1)),
+        told.append,
+    )
+    connecting = asking._connecting
+    assert connecting is not None
+    await asyncio.sleep(0)
+    asking.cancel()
+    await asyncio.wait({connecting}, timeout=5)
+    assert connecting.cancelled()
+    assert told == []
+    await fetcher.close()
+    server.close()
+
+
+async def test_what_an_owner_makes_of_a_stall_keeps_nobody_from_hearing_of_his(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(line, "HEAD_SECONDS", 0.2)
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: defects.append(context))
+    defects: list[object] = []
+
+    def defect(end: object) -> None:
+        raise RuntimeError("a defect of ours")
+
+    server = socket.create_server(("127.0.0.1", 0))
+    endpoint = Endpoint("p", (f"http://127.0.0.1:{server.getsockname()[1]}",))
+    fetcher = Fetcher()
+    fetcher.begin(endpoint, REQUEST, into(bytearray(1)), defect)
+    async with asyncio.timeout(5):
+        while not defects:
+            await asyncio.sleep(0.01)
+        with pytest.raises(FetchFault) as told:
+            await fetcher.ask(endpoint, REQUEST, into(bytearray(1)))
+    assert told.value.kind == "stalled"
+    await fetcher.close()
+    server.close()
