@@ -8,8 +8,8 @@ digits, no transfer coding, no byte that was not asked for. Anything else ends t
 
 **Wake-ups.** A limited link delivers a body in dozens of small packets, and a turn of the loop for each of them costs more
 than the bytes. So the kernel is asked to wake us for as much as comes in `WAKE_SECONDS` at the rate of the last body
-(`SO_RCVLOWAT`), and never for more than what is left of this one. Whoever watches for silence says `look` first: what
-waits in the kernel is no silence.
+(`SO_RCVLOWAT`), and never for more than what is left of this one, part of which may have been read already over TLS.
+Whoever watches for silence says `look` first: what waits in the kernel is no silence.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ LIMITED_READ_BYTES: Final = 64 * 1024  # small reads keep a limited rate smooth
 WAKE_SECONDS: Final = 0.05
 WAKE_BYTES_MAX: Final = 256 * 1024  # more would only grow cold in the kernel
 WAKE_BYTES_MIN: Final = 8 * 1024
+TLS_RECORD_BYTES: Final = (
+    16 * 1024
+)  # of content, at most: the part of a record that has come waits for its rest
 
 _HEADER: Final = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\r\n\x00]*?)[ \t]*\r\n")
 _DIGITS: Final = re.compile(rb"[0-9]{1,15}")
@@ -135,6 +138,7 @@ class Line(asyncio.BufferedProtocol):
         self._asked_at = 0.0
         self._head_at = 0.0
         self._socket: socket.socket | None = None  # where the kernel may be asked to wait for more
+        self._read_ahead_bytes = 0  # at most so much of what is to come was read from the kernel already
         self._wake_bytes = 1  # what the kernel wakes us for now
         self._chunk_bytes = 1  # what is worth a wake-up, by the rate of the last body
         self.progress_at = 0.0
@@ -148,9 +152,10 @@ class Line(asyncio.BufferedProtocol):
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
         self.open = True
-        # Over TLS what comes are records: part of one may have been read already.
-        if sys.platform == "linux" and transport.get_extra_info("ssl_object") is None:
+        if sys.platform == "linux":
             self._socket = transport.get_extra_info("socket")
+            if transport.get_extra_info("ssl_object") is not None:
+                self._read_ahead_bytes = TLS_RECORD_BYTES
 
     def get_buffer(self, sizehint: int) -> memoryview:
         if self._head is None:
@@ -286,6 +291,7 @@ class Line(asyncio.BufferedProtocol):
         ended(Reply(head, b"" if answer is None else bytes(answer)))
 
     def _wake_for(self, count: int) -> None:
+        count = max(1, count - self._read_ahead_bytes)
         if count != self._wake_bytes and self._socket is not None:
             self._wake_bytes = count
             with suppress(OSError):  # the connection is gone, as we shall be told

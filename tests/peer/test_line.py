@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import ssl
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.api import certificates
+from cluster.tls import ClusterAuthority, PeerAuthority
 from peer import line
 from peer.fetch import SWEEP_SECONDS, Endpoint, Fetcher
 from peer.line import FetchFault, Head, Line, Reply, parse_head
@@ -32,7 +36,11 @@ def test_the_head_of_a_piece_means_the_same_on_both_ways(piece: int, length: int
 
 
 @asynccontextmanager
-async def sender(bodies: list[list[bytes]], pause_seconds: float) -> AsyncIterator[tuple[Fetcher, Endpoint]]:
+async def sender(
+    bodies: list[list[bytes]],
+    pause_seconds: float,
+    tls: tuple[ssl.SSLContext, ssl.SSLContext] | None = None,
+) -> AsyncIterator[tuple[Fetcher, Endpoint]]:
     """A peer that answers each request with the next body, part by part, each a packet of its own."""
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -48,13 +56,30 @@ async def sender(bodies: list[list[bytes]], pause_seconds: float) -> AsyncIterat
         await reader.read()
         writer.close()
 
-    server = await asyncio.start_server(talk, "127.0.0.1", 0)
-    fetcher = Fetcher()
+    server = await asyncio.start_server(talk, "127.0.0.1", 0, ssl=tls[0] if tls else None)
+    fetcher = Fetcher(tls=(lambda: tls[1]) if tls else None)
+    scheme = "https" if tls else "http"
     try:
-        yield fetcher, Endpoint("p", (f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}",))
+        yield fetcher, Endpoint("p", (f"{scheme}://127.0.0.1:{server.sockets[0].getsockname()[1]}",))
     finally:
         await fetcher.close()
         server.close()
+
+
+def mutual(folder: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """Of a peer that serves, and of one that asks."""
+    cluster, authority_key = ClusterAuthority.make("c"), certificates.new_key()
+    named = cluster.issue_peer_authority(certificates.make_request(authority_key, "n1"), "n1")
+    authority = PeerAuthority(certificates.parse_certificate(named), authority_key)
+    ca, key_file, chain = folder / "ca.pem", folder / "key.pem", folder / "chain.pem"
+    ca.write_text(cluster.pem)
+    key = certificates.load_or_make_key(key_file)
+    peer_id = certificates.peer_id_of_key(key.public_key())
+    chain.write_text(authority.certify(certificates.peer_request(key), peer_id).pem)
+    return (
+        certificates.peer_server_context(ca, chain, key_file),
+        certificates.peer_client_context(ca, chain, key_file),
+    )
 
 
 def into(buffer: bytearray) -> Callable[[Head], memoryview]:
@@ -78,6 +103,31 @@ async def test_a_body_in_many_packets_wakes_the_loop_few_times() -> None:
             await fetcher.ask(endpoint, REQUEST, into(buffer), on_bytes=on_bytes)
             assert bytes(buffer) == b"".join(parts)
     assert wakes < 128, f"{wakes} turns of the loop for 256 packets"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can be asked to wake us for more")
+@pytest.mark.parametrize("packet_bytes", [1000, 20_000])
+async def test_over_tls_too_and_the_rest_of_a_record_is_not_waited_for_in_vain(
+    packet_bytes: int, tmp_path: Path
+) -> None:
+    length = 1 << 20
+    body = os.urandom(length)
+    parts = [body[start : start + packet_bytes] for start in range(0, length, packet_bytes)]
+    buffer, wakes = bytearray(length), 0
+
+    def on_bytes(_: int) -> None:
+        nonlocal wakes
+        wakes += 1
+
+    async with sender([parts] * 3, 0, mutual(tmp_path)) as (fetcher, endpoint), asyncio.timeout(50):
+        await fetcher.ask(endpoint, REQUEST, into(buffer), on_bytes=on_bytes)  # its rate is not known yet
+        wakes = 0
+        for _ in range(2):
+            buffer[:] = bytes(length)
+            await fetcher.ask(endpoint, REQUEST, into(buffer), on_bytes=on_bytes)
+            assert buffer == body
+    # At most 16 KiB of each wake-up's worth may lie in a record that has begun.
+    assert wakes < 2 * length // (64 << 10), f"{wakes} turns of the loop for {2 * len(parts)} packets"
 
 
 async def test_who_was_fast_and_sends_little_is_not_taken_for_silent() -> None:
