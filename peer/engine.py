@@ -56,6 +56,7 @@ log = logging.getLogger("trimaran.peer")
 EXPIRY_SECONDS: Final = 1.0  # between looks for pieces in memory that nobody wants any more
 FIND_SECONDS_MIN: Final = 1.0
 REPORT_SECONDS_MAX: Final = 2.0
+OUTDATED_SECONDS: Final = 3.0  # a report that a peer cannot be reached says nothing of what comes after
 
 
 class Engine:
@@ -364,8 +365,9 @@ class Engine:
             body = t.ReportBody(
                 name=name, manifest_id=driver.swarm.manifest_id, peer_id=peer_id, fault=fault.value
             )
+            trackers = self.client if fault is Fault.BAD_PIECE else self.client.within(OUTDATED_SECONDS)
             with contextlib.suppress(TrackerError):
-                await self.client.report_peer(driver.group, body)
+                await trackers.report_peer(driver.group, body)
 
     def hold(self, swarm: Swarm) -> None:
         """Tell the trackers how much of a swarm is here and offered."""

@@ -491,10 +491,11 @@ class TrackerAgent:
                 self.known.took(str(value.get("manifest_id", "")), value)
                 self._events.swarm_peer(group, parts[4], value)
             case "swarm.left":
-                self.known.left(str(value.get("manifest_id", "")), str(value.get("peer_id", parts[-1])))
-                self._events.swarm_peer_left(
-                    group, parts[4], str(value.get("peer_id", parts[-1])), str(value.get("manifest_id", ""))
-                )
+                peer_id, manifest_id = str(value.get("peer_id", parts[-1])), str(value.get("manifest_id", ""))
+                if peer_id == self._identity.peer_id and (group, parts[4], manifest_id) in self._facts:
+                    self._dirty.set()  # others could not reach us; an announcement says that we are here
+                self.known.left(manifest_id, peer_id)
+                self._events.swarm_peer_left(group, parts[4], peer_id, manifest_id)
             case "member.removed":
                 user = str(value.get("user", parts[-1]))
                 self._revoke(group, int(value.get("epoch", revision)), user=user)
