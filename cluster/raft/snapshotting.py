@@ -96,7 +96,7 @@ class Snapshotting:
         if begun is not None and (begun.index <= self._guard.commit_index or self._guard.disk_full):
             # The log was quicker; or it needs the room more than a snapshot that can be sent again.
             self._give_up_receiving()
-        for node_id, sending in self._sending.items():
+        for node_id, sending in list(self._sending.items()):
             if now - max(sending.sent_at, sending.moved_at) > _RESEND_SECONDS:
                 sending.next_offset = sending.acknowledged
                 sending.sent_at = now
@@ -196,6 +196,11 @@ class Snapshotting:
     def _send(self, node_id: str, sending: _Sending) -> None:
         guard, meta = self._guard, sending.meta
         if not guard.leading:
+            return
+        if meta != self._store.latest():
+            # A newer one has taken its place: what is left of this one is nowhere any more.
+            del self._sending[node_id]
+            self.needed_by(node_id)
             return
         window = self._settings.snapshot_chunk_bytes * self._settings.snapshot_chunks_in_flight
         while True:

@@ -77,3 +77,25 @@ def test_a_node_that_begins_anew_again_and_again_does_not_keep_the_leader_from_a
         node.propose(encode_command(("put", f"s{number}", f"other {number}", "v" * 100)))
         node.acknowledge("n2", node.core.guard.last_index)
     assert node.core.snapshotting.written > written
+
+
+def test_what_is_left_of_a_snapshot_is_not_sent_from_the_newer_one_in_its_place() -> None:
+    """The answer of a node that was given up comes late. Where the newer one was shorter, the leader looked for the rest
+    of the old one for ever."""
+    node = leader_with_a_snapshot()
+    term, written = node.core.guard.term, node.core.snapshotting.written
+    node.sent.clear()
+    node.hear("n3", Ack(term, 2, False, True, node.runtime.now()))
+    old = chunks(node)[0]
+    for number in range(400):
+        node.pass_seconds(0.1)
+        node.propose(encode_command(("put", f"s{number}", f"other {number}", "v" * 100)))
+        node.acknowledge("n2", node.core.guard.last_index)
+        if node.core.snapshotting.written > written:
+            break
+    assert node.core.snapshotting.written > written
+    node.sent.clear()
+    node.hear("n3", SnapshotAck(term, old.index, 100, False, old.sent_at))
+    sent = chunks(node)
+    assert [chunk.offset for chunk in sent] == [0, 100]
+    assert all(chunk.index > old.index and chunk.digest != old.digest for chunk in sent)
