@@ -10,13 +10,16 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import struct
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final, Protocol
 
 TLS_WRITE_BYTES: Final = 256 << 10
 PLAIN_STRETCH_BYTES: Final = 1 << 20
 DUPLICATES_MAX: Final = 128
 _MORE_COMES: Final = getattr(socket, "MSG_MORE", 0)
+_RESET: Final = struct.pack("ii", 1, 0)  # SO_LINGER: on, no time
 
 
 class Outlet(Protocol):
@@ -157,3 +160,10 @@ class TlsOutlet:
 
     def close(self) -> None:
         self._room = None
+
+
+def reset(transport: asyncio.Transport) -> None:
+    """End a connection, and with it what the kernel has of it and did not send yet."""
+    with suppress(OSError):  # it has ended
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+    transport.abort()

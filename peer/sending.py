@@ -24,7 +24,7 @@ from cluster.api.tokens import Claims
 
 from .content import Content, FileInUse, OpenFiles, SourceGoneError
 from .deadlines import Deadlines
-from .outlets import Outlet
+from .outlets import Outlet, reset
 from .sender import UploadQueue, too_slow
 from .upload_rates import UploadRates
 
@@ -265,8 +265,9 @@ class Sending:
         if error is None:
             self.outlet.rest()
         elif self.begun or not isinstance(error, SourceGoneError):
-            # Bytes were promised that will not come: only the end of the connection can say so.
-            self.outlet.transport.abort()
+            # Bytes were promised that will not come: only the end of the connection can say so. What waits in the
+            # kernel goes with it: a slow reader would get it for seconds yet, without a right to it.
+            reset(self.outlet.transport)
         self._ended(self, error)
 
     def _leave_file(self) -> None:

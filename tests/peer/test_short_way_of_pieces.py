@@ -431,6 +431,23 @@ async def test_a_right_withdrawn_in_the_middle_ends_the_send(
     assert seeder.pool.out_bytes == 0
 
 
+@pytest.mark.parametrize("more", ["", LONG])
+async def test_what_waits_in_the_kernel_goes_with_the_right(seeder: Seeder, more: str) -> None:
+    line = await Line.open(seeder, room_bytes=8192)
+    assert line.theirs.transport is not None
+    theirs = line.theirs.transport.get_extra_info("socket")
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, PIECE // 4)
+    sent: list[int] = []
+    moved = seeder.server.uploads.sender.sent
+    seeder.server.uploads.sender.sent = lambda count, now: (sent.append(count), moved(count, now))[1]  # type: ignore[method-assign]
+    line.feed(seeder.piece(1, more))
+    await until(lambda: sum(sent) > PIECE // 4)
+    seeder.access.revocations.add("boats", EPOCH + 1, user="b")
+    seeder.server.recheck()
+    assert seeder.server.sendings == 0
+    assert await line.ended() < sum(sent) // 2
+
+
 async def test_not_a_byte_is_sent_after_a_token_ends(seeder: Seeder) -> None:
     seeder.server.set_limits(96 * 1024)
     ends = (now_ms() // 1000 + 3) * 1000
