@@ -17,6 +17,8 @@ from chaos_tests.simulation.clock import Clock
 from cluster.consensus import NodeInfo
 from cluster.raft.messages import Message
 
+UNDER_WAY_MAX = 50_000  # more on one connection is no burst but a loop that does not end
+
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Message).decode
 
@@ -57,6 +59,7 @@ class Network:
         self.cut: set[tuple[str, str]] = set()  # directed: nothing passes
         self.delay: dict[tuple[str, str], float] = {}
         self.loss = 0.0
+        self.flooded: Callable[[str, str], None] = lambda sender, receiver: None  # must raise
         self.watch: Callable[[str, str, bytes, Message], None] = lambda sender, receiver, data, message: None
         self._count = 0
 
@@ -156,6 +159,8 @@ class Network:
             # TCP sends it again: it, and all behind it, come later.
             connection.last[sender] = max(connection.last.get(sender, 0.0), self._clock.now) + 0.2
             self._bites["message_retransmitted"] += 1
+        if len(connection.under_way) >= UNDER_WAY_MAX:
+            self.flooded(sender, receiver)
         delay = self.delay.get((sender, receiver), 0.0) + self._chance.uniform(0.0002, 0.004)
         arrival = max(self._clock.now + delay, connection.last.get(sender, 0.0))
         connection.last[sender] = arrival

@@ -56,6 +56,9 @@ class World:
         self.clock = Clock()
         self.bites: Counter[str] = self.result.bites
         self.network = Network(self.clock, random.Random(self.chance.getrandbits(64)), self.bites)
+        self.network.flooded = lambda sender, receiver: self.violation(
+            "a node sends without end", f"{sender} to {receiver}"
+        )
         self.network.watch = self._watch
         self.tuning = tuning
         self.processes: dict[str, Process] = {}

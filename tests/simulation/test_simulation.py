@@ -9,10 +9,14 @@ from pathlib import Path
 import pytest
 
 import chaos_tests
-from chaos_tests.simulation.rig import WITHOUT
+from chaos_tests.simulation import weather
+from chaos_tests.simulation.network import UNDER_WAY_MAX
+from chaos_tests.simulation.process import ViolationError
+from chaos_tests.simulation.rig import WITHOUT, Rig
 from chaos_tests.simulation.run import kind_of, run, run_many, summarise
 from chaos_tests.simulation.stock import CANARIES
-from chaos_tests.simulation.world import Result
+from chaos_tests.simulation.world import Result, World
+from cluster.raft.messages import Ack
 
 SECONDS = 8.0
 
@@ -138,3 +142,14 @@ def test_a_seed_fixes_everything_whatever_the_hash_seed() -> None:
             done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
             digests.add((seed, done.stdout.splitlines()[0]))
     assert len(digests) == 2, digests
+
+
+def test_a_node_that_sends_without_end_is_a_violation_and_not_the_end_of_the_memory() -> None:
+    world = World(0, "storm", Rig(), 3, weather.tuning("storm"))
+    world.clock.run_until(2.0)
+    one, other = sorted(world.network.endpoints)[:2]
+    with pytest.raises(ViolationError):
+        for _ in range(10 * UNDER_WAY_MAX):
+            assert world.network.send(one, other, Ack(1, 1, False, False, 0.0))
+    assert world.result.violations[0].startswith("a node sends without end")
+    world.finish()
