@@ -164,6 +164,8 @@ class TlsOutlet:
 
 def reset(transport: asyncio.Transport) -> None:
     """End a connection, and with it what the kernel has of it and did not send yet."""
-    with suppress(OSError):  # it has ended
-        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+    own = transport.get_extra_info("socket")
+    if own is not None:  # it is None once a TLS connection is lost
+        with suppress(OSError):
+            own.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
     transport.abort()

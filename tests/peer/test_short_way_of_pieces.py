@@ -448,6 +448,20 @@ async def test_what_waits_in_the_kernel_goes_with_the_right(seeder: Seeder, more
     assert await line.ended() < sum(sent) // 2
 
 
+async def test_a_connection_that_is_lost_already_can_be_reset() -> None:
+    """Over TLS it has no socket any more."""
+
+    class Lost(asyncio.Transport):
+        aborted = False
+
+        def abort(self) -> None:
+            self.aborted = True
+
+    lost = Lost()
+    outlets.reset(lost)
+    assert lost.aborted
+
+
 async def test_not_a_byte_is_sent_after_a_token_ends(seeder: Seeder) -> None:
     seeder.server.set_limits(96 * 1024)
     ends = (now_ms() // 1000 + 3) * 1000
