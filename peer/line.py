@@ -34,9 +34,7 @@ LIMITED_READ_BYTES: Final = 64 * 1024  # small reads keep a limited rate smooth
 WAKE_SECONDS: Final = 0.05
 WAKE_BYTES_MAX: Final = 256 * 1024  # more would only grow cold in the kernel
 WAKE_BYTES_MIN: Final = 8 * 1024
-TLS_RECORD_BYTES: Final = (
-    16 * 1024
-)  # of content, at most: the part of a record that has come waits for its rest
+TLS_RECORD_BYTES: Final = 16 * 1024  # of content, at most: the part that has come waits for its rest
 
 _HEADER: Final = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\r\n\x00]*?)[ \t]*\r\n")
 _DIGITS: Final = re.compile(rb"[0-9]{1,15}")
